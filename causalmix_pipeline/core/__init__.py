@@ -1,0 +1,1 @@
+"""The method: plain functions on arrays, free of Dagster, torch, econml and the disk."""

@@ -1,0 +1,101 @@
+"""The design: which pool states and mixtures get a proxy run.
+
+States and mixtures are drawn independently of each other. N runs are N / 4 states x 4 mixtures:
+contrasts within a state are free of anything else about the pool. Run i is the same whatever N
+is, so growing N trains only the new runs. A small panel repeats a few mixtures with other seeds:
+the noise floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from causalmix_pipeline.core.errors import ConfigError
+from causalmix_pipeline.core.mixture import dirichlet_design
+
+
+@dataclass(frozen=True)
+class DesignPlan:
+    """How many proxy runs to make and how they spread.
+
+    Attributes:
+        n_runs: distinct (pool state, mixture) pairs.
+        mixtures_per_state: mixtures trained on each pool state.
+        strength_range: Dirichlet concentrations of the mixtures, from sparse to flat.
+        panel_mixtures: pairs that are repeated with other seeds.
+        panel_seeds: seeds of each repeated pair, the first included.
+        seed: of states, mixtures and data order.
+    """
+
+    n_runs: int = 128
+    mixtures_per_state: int = 4
+    strength_range: tuple[float, float] = (0.4, 3.0)
+    panel_mixtures: int = 4
+    panel_seeds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        for name in ("n_runs", "mixtures_per_state", "panel_seeds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"design.{name} must be >= 1, got {getattr(self, name)}.")
+
+    @property
+    def n_states(self) -> int:
+        """Pool states that the runs need."""
+        return -(-self.n_runs // self.mixtures_per_state)
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """The proxy runs to make, one entry each; repeats of the noise panel come last.
+
+    Attributes:
+        state_N: pool state of each run.
+        mixture_ND: mixture of each run.
+        data_seed_N: seed of the run's order of domains.
+        cell_N: index of the distinct (state, mixture) pair; repeats share it.
+    """
+
+    state_N: np.ndarray
+    mixture_ND: np.ndarray
+    data_seed_N: np.ndarray
+    cell_N: np.ndarray
+
+
+def make_design(plan: DesignPlan, n_domains: int) -> Design:
+    """List the proxy runs of a plan.
+
+    Args:
+        plan: counts, spread and seed.
+        n_domains: D, >= 2.
+
+    Raises:
+        ConfigError: if there are fewer than two domains.
+    """
+    if n_domains < 2:
+        raise ConfigError(
+            f"domains must be at least 2 to have a mixture, got {n_domains}. Check pools.experiment "
+            "and columns.domain."
+        )
+    mixture_ND = dirichlet_design(
+        plan.n_runs, n_domains, strength_range=plan.strength_range, seed=plan.seed
+    )
+    # One panel pair per state, so that the floor isn't that of one state.
+    panel = np.arange(plan.panel_mixtures) * plan.mixtures_per_state
+    panel = panel[panel < plan.n_runs]
+    repeats = np.arange(1, plan.panel_seeds)
+    cell_N = np.concatenate([np.arange(plan.n_runs), np.repeat(panel, len(repeats))])
+    repeat_N = np.concatenate([np.zeros(plan.n_runs, dtype=int), np.tile(repeats, len(panel))])
+    seeds = [
+        int(np.random.SeedSequence([plan.seed, int(cell), int(k)]).generate_state(1)[0])
+        for cell, k in zip(cell_N, repeat_N, strict=True)
+    ]
+    return Design(
+        state_N=cell_N // plan.mixtures_per_state,
+        mixture_ND=mixture_ND[cell_N],
+        data_seed_N=np.array(seeds, dtype=np.int64),
+        cell_N=cell_N,
+    )

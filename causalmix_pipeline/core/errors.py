@@ -1,0 +1,28 @@
+"""What can go wrong, as a tree a caller can act on.
+
+CausalMixError
+    ConfigError       a setting breaks a rule (also a ValueError)
+    PoolError         documents can't be read or used (also a ValueError)
+    ProxyError        a proxy run failed or its record is unusable
+    EstimationError   runs that no effect can be estimated from (also a ValueError)
+"""
+
+
+class CausalMixError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class ConfigError(CausalMixError, ValueError):
+    """A setting breaks a rule; the message names the field, the rule, the value, the way out."""
+
+
+class PoolError(CausalMixError, ValueError):
+    """The documents of a pool can't be read, or there are too few of them to go on."""
+
+
+class ProxyError(CausalMixError):
+    """A proxy run failed, or a record in the run store can't be used."""
+
+
+class EstimationError(CausalMixError, ValueError):
+    """The proxy runs at hand can't carry an estimate; the message says which rule they break."""

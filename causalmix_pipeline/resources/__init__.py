@@ -1,0 +1,1 @@
+"""Dagster resources: configuration that builds an adapter."""

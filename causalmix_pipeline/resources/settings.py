@@ -1,0 +1,494 @@
+"""What `causalmix.yaml` may say: every section, field, default and rule.
+
+Reading it and writing a commented one is in `settings_file.py`. Paths are kept as the user wrote
+them and resolved against the folder of the file, so a project can be moved.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from causalmix_pipeline.core.pool_state import COVARIATES, METRICS
+from causalmix_pipeline.core.proxy import ProxyConfig
+
+#: Proxy runs of each preset, without the noise panel; `design.n_runs` overrides it.
+PRESET_RUNS = {"tests": 16, "demo": 128, "study": 512}
+
+#: Proxy settings of each preset, over the defaults of `core.proxy.ProxyConfig`.
+PRESET_PROXY: dict[str, dict[str, Any]] = {
+    "tests": {"hidden": 32, "layers": 1, "steps": 30},
+    "demo": {"hidden": 32, "layers": 1, "steps": 1000},
+    "study": {"hidden": 32, "layers": 1, "steps": 1000},
+}
+
+DEFAULT_COVARIATES = [
+    "log2_tokens",
+    "duplicate_share",
+    "unigram_cross_entropy",
+    "bigram_cross_entropy",
+    "compress_ratio",
+    "unique_bigram_ratio",
+]
+
+EstimatorName = Literal[
+    "response_surface",
+    "response_surface_blind",
+    "structured_ridge",
+    "causal_forest",
+    "regmix",
+    "lightgbm_state",
+]
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the settings: unknown keys are refused, values don't change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _ordered(field: str, pair: tuple[float, float]) -> None:
+    if pair[0] > pair[1]:
+        raise ValueError(
+            f"{field} must be [least, largest] with least <= largest, got {list(pair)}: "
+            "swap the two numbers"
+        )
+
+
+class Pools(Section):
+    """Where the documents are: one folder pinned for the experiment, one that lives."""
+
+    experiment: str = Field(
+        default="data/experiment",
+        min_length=1,
+        description="Folder of the pinned pool that proxy runs train on; change it only when you "
+        "adopt a new experiment, since every proxy run is then trained anew.",
+    )
+    live: str = Field(
+        default="data/pool",
+        min_length=1,
+        description="Folder of the pool to recommend a mixture for; change its files at any time.",
+    )
+
+
+class Columns(Section):
+    """Which column of a JSONL or Parquet file holds what."""
+
+    text: str = Field(
+        default="text", min_length=1, description="Column with the text of the document."
+    )
+    domain: str | None = Field(
+        default=None,
+        description="Column with the domain's name; null takes the name of the file's folder.",
+    )
+    source: str | None = Field(
+        default=None,
+        description="Column with where the document comes from; null takes the file's name "
+        "without its ending.",
+    )
+    group: str | None = Field(
+        default=None,
+        description="Column that tells which documents belong together (one book, one "
+        "repository): a group is never split between training and evaluation; null takes each "
+        "document for itself.",
+    )
+
+
+class Task(Section):
+    """One thing the trained model shall be good at."""
+
+    name: str = Field(
+        min_length=1,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Short name: lower-case letters, digits and underscores.",
+    )
+    path: str = Field(
+        min_length=1,
+        description="JSONL or Parquet file with held-out text of the task; none of it may be in "
+        "a pool.",
+    )
+    weight: float = Field(
+        default=1.0,
+        ge=0.0,
+        description="How much the task counts against the others; 0 only reports it.",
+    )
+    direction: Literal["minimize"] = Field(
+        default="minimize",
+        description="Which way is better; minimize, since the outcome is held-out loss in bits "
+        "per byte.",
+    )
+
+
+class NoisePanel(Section):
+    """Proxy runs repeated with other seeds, which measure the noise floor."""
+
+    mixtures: int = Field(
+        default=4,
+        ge=2,
+        le=64,
+        description="Mixtures that are repeated; more gives a steadier noise floor.",
+    )
+    seeds: int = Field(
+        default=3, ge=2, le=20, description="Proxy runs of each repeated mixture, seeds only apart."
+    )
+
+
+class States(Section):
+    """How pool states are drawn from the experiment pool; they must reach as far as pools drift."""
+
+    blend_sources: bool = Field(
+        default=True,
+        description="Whether each domain blends its sources in shares of its own in each state.",
+    )
+    size_range: tuple[Share, Share] = Field(
+        default=(0.1, 1.0),
+        description="Least and largest share of a domain's documents a state keeps, log-uniform; "
+        "widen it where domains may shrink further.",
+    )
+    tilt: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=3.0,
+        description="Strength of the preference for documents high or low in a metric, in standard "
+        "deviations; 0 turns it off.",
+    )
+    tilt_metric: str = Field(
+        default="compress_ratio",
+        description="Document metric that the tilt prefers high or low values of.",
+    )
+    duplication: Share = Field(
+        default=0.2,
+        description="Share of (state, domain) pairs in which documents are repeated; 0 turns it "
+        "off.",
+    )
+    noise: Share = Field(
+        default=0.0,
+        description="Share of (state, domain) pairs in which noisy copies replace documents; set "
+        "it where a pool may get noisy, at the price of scoring each document twice.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        _ordered("design.states.size_range", self.size_range)
+        if self.size_range[0] <= 0:
+            raise ValueError(
+                f"design.states.size_range[0] must be > 0, got {self.size_range[0]:g}: a domain "
+                "without documents has no covariates"
+            )
+        if self.tilt_metric not in METRICS:
+            raise ValueError(
+                f"design.states.tilt_metric must be a document metric, got {self.tilt_metric!r}; "
+                f"known: {', '.join(METRICS)}"
+            )
+        return self
+
+
+class Design(Section):
+    """Which (pool state, mixture, seed) get a proxy run."""
+
+    n_runs: int | None = Field(
+        default=None,
+        ge=8,
+        le=100_000,
+        description="Proxy runs without the noise panel; null takes the preset's (tests 16, demo "
+        "128, study 512). Raising it trains only the new runs.",
+    )
+    mixtures_per_state: int = Field(
+        default=4,
+        ge=2,
+        le=64,
+        description="Mixtures tried on each pool state; 4 spends a quarter of the profiling of 1.",
+    )
+    strength_range: tuple[float, float] = Field(
+        default=(0.4, 3.0),
+        description="Least and largest Dirichlet strength of the mixtures: below 1 sparse, above "
+        "1 flat. Narrow ranges can't tell the level of the effects.",
+    )
+    noise_panel: NoisePanel = Field(
+        default=NoisePanel(), description="Repeated runs, for the noise floor."
+    )
+    states: States = Field(default=States(), description="How pool states are drawn.")
+    seed: int = Field(default=0, ge=0, description="Seed of states and mixtures; integer.")
+
+    @model_validator(mode="after")
+    def _check(self):
+        _ordered("design.strength_range", self.strength_range)
+        if self.strength_range[0] <= 0:
+            raise ValueError(
+                f"design.strength_range[0] must be > 0, got {self.strength_range[0]:g}: a "
+                "Dirichlet strength is positive"
+            )
+        if self.n_runs is not None and self.n_runs % self.mixtures_per_state:
+            raise ValueError(
+                f"design.n_runs must be a multiple of design.mixtures_per_state "
+                f"({self.mixtures_per_state}), got {self.n_runs}: the last state would have fewer "
+                f"mixtures; use {-(-self.n_runs // self.mixtures_per_state) * self.mixtures_per_state}"  # noqa: E501
+            )
+        return self
+
+
+class Proxy(Section):
+    """The small models that are trained, and on how many processes."""
+
+    preset: Literal["tests", "demo", "study"] = Field(
+        default="demo",
+        description="Size of model and experiment: tests (30 steps, plumbing only), demo (1,000 "
+        "steps, minutes), study (demo's model, 512 runs, about an hour).",
+    )
+    overrides: dict[str, Any] = Field(
+        default={},
+        description="Proxy settings that differ from the preset, such as {steps: 3000, hidden: "
+        "64}; each change trains all runs anew.",
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Processes that train at the same time; 0 takes one per core.",
+    )
+    models_per_stack: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="Models that one process trains at once in one set of tensors; 4-8 is fastest "
+        "on a CPU.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        known = [field.name for field in dataclasses.fields(ProxyConfig)]
+        unknown = [name for name in self.overrides if name not in known]
+        if unknown:
+            raise ValueError(
+                f"proxy.overrides.{unknown[0]} is no proxy setting; known: {', '.join(known)}"
+            )
+        self.to_config()
+        return self
+
+    def to_config(self) -> ProxyConfig:
+        """The proxy model of the preset, with the overrides."""
+        return ProxyConfig(**PRESET_PROXY[self.preset] | self.overrides)
+
+
+class Policy(Section):
+    """How effects become a mixture, and what the mixture must keep to."""
+
+    name: Literal["optimum", "search"] = Field(
+        default="optimum",
+        description="optimum maximises the lower bound of the gain; search averages the best of "
+        "100,000 random mixtures.",
+    )
+    reference: Literal["natural", "equal", "fixed"] = Field(
+        default="natural",
+        description="Mixture that gains are measured from and that is kept where the evidence "
+        "doesn't reach: natural (token shares of the live pool), equal, or fixed.",
+    )
+    fixed_mixture: dict[str, Share] | None = Field(
+        default=None,
+        description="Share of each domain, sum 1; with reference: fixed only.",
+    )
+    confidence_z: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=5.0,
+        description="Standard errors taken off the gain before it is maximised; higher is more "
+        "careful.",
+    )
+    trust_radius: float | None = Field(
+        default=0.5,
+        gt=0.0,
+        description="Largest KL divergence of the mixture from the reference, in nats; null lifts "
+        "the limit.",
+    )
+    least_share: Share = Field(default=0.0, description="Least share of every domain.")
+    most_share: Share = Field(default=1.0, description="Most share of every domain.")
+    max_epochs: float = Field(
+        default=4.0,
+        gt=0.0,
+        description="Most times a domain's documents are repeated within the budget.",
+    )
+    budget_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens of the planned training run; null takes the tokens of the live pool.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.least_share > self.most_share:
+            raise ValueError(
+                f"policy.least_share must be <= policy.most_share ({self.most_share:g}), got "
+                f"{self.least_share:g}: no mixture would fit"
+            )
+        if (self.reference == "fixed") != (self.fixed_mixture is not None):
+            raise ValueError(
+                "policy.fixed_mixture must be given exactly when policy.reference is fixed, got "
+                f"reference {self.reference} and fixed_mixture {self.fixed_mixture}: set both or "
+                "neither"
+            )
+        if self.fixed_mixture is not None and abs(sum(self.fixed_mixture.values()) - 1) > 1e-6:
+            raise ValueError(
+                "policy.fixed_mixture must sum to 1, got "
+                f"{sum(self.fixed_mixture.values()):.6g}: divide each share by the sum"
+            )
+        return self
+
+
+class Quality(Section):
+    """When documents are too bad to go on."""
+
+    max_rejected_share: Share = Field(
+        default=0.1,
+        description="Largest share of rows of a pool that may be rejected (broken line, no text) "
+        "before the run stops.",
+    )
+
+
+class Automation(Section):
+    """How the daemon watches the live pool."""
+
+    sensor_interval_seconds: int = Field(
+        default=30,
+        ge=30,
+        le=86_400,
+        description="Seconds between two looks at the live pool; below 30 the daemon does little "
+        "else.",
+    )
+    quiet_seconds: int = Field(
+        default=60,
+        ge=0,
+        le=86_400,
+        description="Seconds without a change in the live pool before it is read, so that a copy "
+        "in progress isn't.",
+    )
+    refresh_hour: int = Field(
+        default=5, ge=0, le=23, description="Hour of the day (UTC) of the daily refresh."
+    )
+
+
+class Settings(Section):
+    """The whole of `causalmix.yaml`."""
+
+    data_dir: str = Field(
+        default="data",
+        min_length=1,
+        description="Folder for everything that runs make: run store, asset storage, Dagster's "
+        "home, reports.",
+    )
+    pools: Pools = Field(default=Pools(), description="Where the documents are.")
+    columns: Columns = Field(default=Columns(), description="Which column holds what.")
+    domains: list[str] | None = Field(
+        default=None,
+        description="Domains to mix, in the order of every table; null takes all that the "
+        "experiment pool has, by name.",
+    )
+    tasks: list[Task] = Field(
+        default=[],
+        description="What the model shall be good at: name, held-out text and weight of each; at "
+        "least one with weight > 0 before anything runs.",
+    )
+    covariates: list[str] = Field(
+        default=DEFAULT_COVARIATES,
+        min_length=1,
+        description="What of each domain describes a pool state; add one where pools differ in "
+        "ways these don't see.",
+    )
+    design: Design = Field(default=Design(), description="Which proxy runs are made.")
+    proxy: Proxy = Field(default=Proxy(), description="How proxy runs are trained.")
+    estimators: list[EstimatorName] = Field(
+        default=["response_surface", "structured_ridge", "causal_forest", "regmix"],
+        min_length=1,
+        description="Effect estimators that cross-validation chooses from, per task; each one "
+        "costs seconds to a minute.",
+    )
+    policy: Policy = Field(default=Policy(), description="How effects become a mixture.")
+    quality: Quality = Field(default=Quality(), description="When documents are too bad.")
+    automation: Automation = Field(default=Automation(), description="How the daemon watches.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of fits, searches and splits; integer."
+    )
+
+    _root: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="after")
+    def _check(self):
+        names = [task.name for task in self.tasks]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(
+                    f"tasks[{i}].name must be used once, got {name!r} again: rename one of them"
+                )
+        if self.tasks and not any(task.weight > 0 for task in self.tasks):
+            raise ValueError(
+                "tasks must hold at least one weight > 0, got only 0: nothing would be wanted"
+            )
+        unknown = [name for name in self.covariates if name not in COVARIATES]
+        if unknown:
+            raise ValueError(
+                f"covariates must be known names, got {unknown[0]!r}; known: {', '.join(COVARIATES)}"
+            )
+        if self.domains is not None and len(set(self.domains)) < max(2, len(self.domains)):
+            raise ValueError(
+                f"domains must be two different names or more, got {self.domains}: with one "
+                "domain there is nothing to mix; null takes all that are found"
+            )
+        if pools_equal(self.pools):
+            raise ValueError(
+                f"pools.live must differ from pools.experiment, got {self.pools.live!r} for both: "
+                "copy the pool, so that a change of the one leaves the experiment as it is"
+            )
+        return self
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to: that of the settings file."""
+        return self._root
+
+    def resolve(self, path: str) -> Path:
+        """The path as an absolute one, relative to the folder of the settings file."""
+        return (self._root / Path(path).expanduser()).resolve()
+
+    @property
+    def data_path(self) -> Path:
+        """`data_dir` as an absolute path."""
+        return self.resolve(self.data_dir)
+
+    @property
+    def experiment_path(self) -> Path:
+        """`pools.experiment` as an absolute path."""
+        return self.resolve(self.pools.experiment)
+
+    @property
+    def live_path(self) -> Path:
+        """`pools.live` as an absolute path."""
+        return self.resolve(self.pools.live)
+
+    @property
+    def task_paths(self) -> dict[str, Path]:
+        """Held-out text of each task, by its name, as absolute paths."""
+        return {task.name: self.resolve(task.path) for task in self.tasks}
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """Weight of each task, by its name, as written; not normalised."""
+        return {task.name: task.weight for task in self.tasks}
+
+    @property
+    def n_runs(self) -> int:
+        """Proxy runs without the noise panel: `design.n_runs`, or the preset's."""
+        return self.design.n_runs or PRESET_RUNS[self.proxy.preset]
+
+    def fingerprint(self, *names: str) -> str:
+        """8 hex digits that change when one of the named sections or fields does."""
+        chosen = self.model_dump(mode="json", include=set(names))
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def pools_equal(pools: Pools) -> bool:
+    """Tell whether both pools are the same folder as written."""
+    return Path(pools.experiment) == Path(pools.live)
