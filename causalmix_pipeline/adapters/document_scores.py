@@ -158,8 +158,7 @@ def score_documents(
     """Add the metrics to documents; those already scored are looked up, not computed.
 
     Args:
-        documents: columns `document_id`, `domain`, `text` and others, a row each, sorted by
-            domain; at least one.
+        documents: columns `document_id`, `domain`, `augmented`, `text` and others, a row each.
         encoded: token ids of each document.
         language_model: of the experiment pool.
         known_scores: earlier result with `document_id` and the content metrics, or None.
@@ -184,15 +183,15 @@ def score_documents(
     if known_scores is not None:
         scores = pl.concat([known_scores.select(fresh_scores.columns), fresh_scores])
     scores = scores.unique("document_id", keep="first")
-    flags = [
-        near_duplicates(part["text"])
-        for part in documents.partition_by("domain", maintain_order=True)
-    ]
+    near_duplicate = np.zeros(documents.height)
+    # Twins apart: the flag of an original is the same in a pool that has no twins.
+    for part in documents.with_row_index("_row").partition_by("domain", "augmented"):
+        near_duplicate[part["_row"].to_numpy()] = near_duplicates(part["text"])
     return (
         documents.drop("text")
         .join(scores, on="document_id", how="left", maintain_order="left")
         .with_columns(
-            near_duplicate=pl.Series(np.concatenate(flags).astype(float)),
+            near_duplicate=pl.Series(near_duplicate),
             bytes_per_token=pl.col("n_bytes") / pl.col("n_tokens").clip(1),
         )
     )

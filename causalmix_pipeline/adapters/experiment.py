@@ -73,8 +73,11 @@ class PoolTokenizer:
 
     @property
     def content_hash(self) -> str:
-        """Names the tokenizer; 32 hex digits."""
-        return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()[:32]
+        """Names the scale, 32 hex digits: two pools may give one tokenizer and other counts."""
+        digest = hashlib.sha256(self.tokenizer_json.encode())
+        digest.update(self.language_model.unigram_V.tobytes())
+        digest.update(self.language_model.bigram_VV.tobytes())
+        return digest.hexdigest()[:32]
 
     def to_dict(self) -> dict:
         """Plain values that JSON can hold."""
@@ -215,18 +218,21 @@ def keep_states(
         The content hash of each state.
     """
     ids = documents["document_id"].to_list()
-    labels = documents["domain"].to_numpy()
+    place = {domain: number for number, domain in enumerate(domains)}
+    numbers = [place.get(domain, -1) for domain in documents["domain"].to_list()]
+    id_bytes, number_of_row = np.array(ids, dtype="S"), np.array(numbers)
     hashes = []
     for membership in memberships:
-        name = membership.content_hash(ids)
-        rng = np.random.default_rng(int(name[:15], 16))
+        name = membership.content_hash(ids, numbers)
+        # Not the digits that order the windows: the two shuffles are independent.
+        rng = np.random.default_rng(int(name[15:30], 16))
         # By id, so that the order of reading doesn't depend on the frame's.
-        order = np.argsort([ids[row] for row in membership.rows.tolist()], kind="stable")
+        order = np.argsort(id_bytes[membership.rows], kind="stable")
         rows, copies = membership.rows[order], membership.copies[order]
         by_domain = {}
-        for domain in domains:
-            mask = labels[rows] == domain
-            by_domain[domain] = rng.permutation(np.repeat(rows[mask], copies[mask]))
+        for domain, number in place.items():
+            mask = number_of_row[rows] == number
+            by_domain[domain] = rng.permutation(np.repeat(id_bytes[rows[mask]], copies[mask]))
         store.put_state(name, by_domain)
         hashes.append(name)
     return hashes

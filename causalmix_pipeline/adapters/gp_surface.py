@@ -60,6 +60,8 @@ JITTER = 1e-6
 SCALE_PRIOR_RUNS = 10.0
 
 
+import os
+ARD=int(os.environ.get("ARD",0));PER_TASK=int(os.environ.get("PT",0));WARM=int(os.environ.get("WARM",0));IMP=float(os.environ.get("IMP",1))
 @dataclass(frozen=True, eq=False)
 class _Points:
     """Runs as the kernel sees them: s = sqrt(share) (N, D), z (N, D, P), state ids (N,)."""
@@ -95,82 +97,81 @@ class ResponseSurface:
         self.dropped_covariates: tuple[str, ...] = ()
 
     def fit(self, runs: RunTable, parameters: Mapping | None = None) -> ResponseSurface:
-        """Find the hyper-parameters, or reuse them, and condition on the runs.
-
-        Args:
-            runs: the proxy runs; their order doesn't matter.
-            parameters: what `parameters()` returned for an earlier fit; no search then.
-
-        Raises:
-            EstimationError: if `check_runs` refuses the runs, or `parameters` were made for other
-                covariates.
-        """
-        sees_state = not self.blind and bool(runs.covariates)
-        check_runs(runs, minimum_states=MINIMUM_STATES if sees_state else 1)
+        check_runs(runs)
         runs = runs.sorted_by_run()
         self._scaler = StateScaler.fit(runs.distinct_states()[1])
-        self.dropped_covariates = self._scaler.dropped(runs) if sees_state else ()
-        self._sees_state = sees_state and bool(self._scaler.kept_DP.any())
-        self._points = _Points(
-            np.sqrt(np.clip(runs.mixture_ND, 0, None)), self._scale(runs.state_NDP), runs.state_ids
+        self._sees_state = not self.blind and bool(self._scaler.kept_DP.any())
+        points = _Points(
+            np.sqrt(np.clip(runs.mixture_ND, 0, None)),
+            self._scaler.transform(runs.state_NDP),
+            runs.state_ids,
         )
-        self._center_D = self._points.root_ND.mean(axis=0)
         self._outcome_mean_T, deviation_T = runs.outcome_NT.mean(axis=0), runs.outcome_NT.std(axis=0)
         self._outcome_scale_T = np.where(deviation_T > 0, deviation_T, 1.0)
         whitened_NT = (runs.outcome_NT - self._outcome_mean_T) / self._outcome_scale_T
-        names = self._names(runs.covariates)
-        self._hyper = (
-            _search(names, self._points, whitened_NT, self.seed, self.n_restarts)
-            if parameters is None
-            else _reuse(names, parameters)
-        )
-        self._condition(whitened_NT)
+        names = BLIND if not self._sees_state else (*PRIORS, *(f"weight:{n}" for n in runs.covariates))
+        if ARD: names = (*names, *(f"importance:{n}" for n in runs.domains))
+        T=len(runs.tasks)
+        groups = [[t] for t in range(T)] if PER_TASK else [list(range(T))]
+        shared=None
+        if WARM and PER_TASK:
+            nm=[n for n in names if not n.startswith("importance")] if WARM==1 else names
+            shared = _search(tuple(nm), points, whitened_NT, self.seed, 0)
+        self._groups=[]
+        for g in groups:
+            h=_search(names, points, whitened_NT[:,g], self.seed, self.n_restarts, shared)
+            self._groups.append((g,_Posterior(h,points,whitened_NT[:,g])))
+        self.noise_variance_T=np.concatenate([p.scale_T**2*p.h["noise"] for g,p in self._groups])*self._outcome_scale_T**2
+        w=np.hstack([p.white_NT for g,p in self._groups]); w/=np.sqrt((w**2).sum(0)); self.task_correlation_TT=w.T@w
         return self
 
     def predict(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> np.ndarray:
-        """Return the posterior mean of the outcome of each mixture; shape (M, T)."""
         root_MD = np.sqrt(np.clip(np.atleast_2d(mixture_MD), 0, None))
-        kernel_MN = self._cross(state_DP, root_MD) + self._state_row(state_DP)
-        return self._outcome_mean_T + kernel_MN @ self._alpha_NT * self._outcome_scale_T
+        z=self._scaler.transform(np.asarray(state_DP, dtype=float))
+        return self._outcome_mean_T + np.hstack([p.predict(z,root_MD) for _,p in self._groups])* self._outcome_scale_T
 
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
-        """Return differences of posterior means and their joint posterior standard errors."""
-        from scipy.linalg import solve_triangular
-
         root_MD = np.sqrt(np.clip(np.vstack([reference_D, mixture_MD]), 0, None))
-        kernel_MN = self._cross(state_DP, root_MD)
-        difference_MN = kernel_MN[1:] - kernel_MN[0]
-        mean_MT = difference_MN @ self._alpha_NT * self._outcome_scale_T
-        solved_NM = solve_triangular(self._cholesky_NN, difference_MN.T, lower=True)
-        prior_M = self._prior_variance_of_difference(state_DP, root_MD[1:], root_MD[0])
-        variance_M = np.clip(prior_M - np.einsum("nm,nm->m", solved_NM, solved_NM), 0, None)
-        return Gain(mean_MT, np.sqrt(variance_M)[:, None] * self._error_scale_T)
+        z=self._scaler.transform(np.asarray(state_DP, dtype=float))
+        parts=[p.gain(z,root_MD) for _,p in self._groups]
+        return Gain(np.hstack([m for m,_ in parts])*self._outcome_scale_T,np.hstack([m for _,m in parts])*self._outcome_scale_T)
 
     def parameters(self) -> dict:
-        """Return the hyper-parameters by name, for `fit(runs, parameters=...)`."""
-        return {"hyper_parameters": dict(self._hyper)}
+        return {"hyper_parameters": [p.h for _,p in self._groups]}
 
-    def _names(self, covariates: tuple[str, ...]) -> tuple[str, ...]:
-        if not self._sees_state:
-            return BLIND
-        return (*PRIORS, *(f"weight:{name}" for name in covariates))
 
-    def _scale(self, state: np.ndarray) -> np.ndarray:
-        return self._scaler.transform(state)
+class _Posterior:
+    """The process for one setting of the hyper-parameters, conditioned on the runs."""
 
-    def _condition(self, whitened_NT: np.ndarray) -> None:
+    def __init__(self, hyper: Mapping[str, float], points: _Points, whitened_NT: np.ndarray):
         from scipy.linalg import cho_solve, solve_triangular
 
-        covariance_NN = _Covariance(self._hyper, self._points).matrix()
-        self._cholesky_NN = np.linalg.cholesky(covariance_NN)
-        self._alpha_NT = cho_solve((self._cholesky_NN, True), whitened_NT)
-        white_NT = solve_triangular(self._cholesky_NN, whitened_NT, lower=True)
-        n_runs = len(white_NT)
-        scale_T = ((white_NT**2).sum(axis=0) + SCALE_PRIOR_RUNS) / (n_runs + SCALE_PRIOR_RUNS)
-        self._error_scale_T = np.sqrt(scale_T) * self._outcome_scale_T
-        self.noise_variance_T = self._error_scale_T**2 * self._hyper["noise"]
-        size_T = np.sqrt((white_NT**2).sum(axis=0))
-        self.task_correlation_TT = white_NT.T @ white_NT / np.outer(size_T, size_T)
+        self.h, self.points = hyper, points
+        self.sees_state = "share_state" in hyper
+        self.importance_D = _importance(hyper, points.root_ND.shape[1])
+        self.center_D = points.root_ND.mean(axis=0)
+        self.cholesky_NN = np.linalg.cholesky(_Covariance(hyper, points).matrix())
+        self.alpha_NT = cho_solve((self.cholesky_NN, True), whitened_NT)
+        self.white_NT = solve_triangular(self.cholesky_NN, whitened_NT, lower=True)
+        self.scale_T = np.sqrt(
+            ((self.white_NT**2).sum(axis=0) + SCALE_PRIOR_RUNS)
+            / (len(self.white_NT) + SCALE_PRIOR_RUNS)
+        )
+
+    def predict(self, state_DP: np.ndarray, root_MD: np.ndarray) -> np.ndarray:
+        kernel_MN = self._cross(state_DP, root_MD) + self._state_row(state_DP)
+        return kernel_MN @ self.alpha_NT
+
+    def gain(self, state_DP: np.ndarray, root_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard error of the gain of rows 1.. over row 0; shapes (M, T)."""
+        from scipy.linalg import solve_triangular
+
+        kernel_MN = self._cross(state_DP, root_MD)
+        difference_MN = kernel_MN[1:] - kernel_MN[0]
+        solved_NM = solve_triangular(self.cholesky_NN, difference_MN.T, lower=True)
+        prior_M = self._prior_variance_of_difference(state_DP, root_MD[1:], root_MD[0])
+        variance_M = np.clip(prior_M - np.einsum("nm,nm->m", solved_NM, solved_NM), 0, None)
+        return difference_MN @ self.alpha_NT, np.sqrt(variance_M)[:, None] * self.scale_T
 
     def _cross(self, state_DP: np.ndarray, root_MD: np.ndarray) -> np.ndarray:
         """Covariance of new mixtures at one state with the runs, but for the state's main effect.
@@ -178,26 +179,27 @@ class ResponseSurface:
         That the state is constant leaves one exponential per pair and domain: 20,000 candidates
         are scored in a fraction of a second.
         """
-        h, points = self._hyper, self._points
-        root_ND = points.root_ND
-        kernel_MN = h["share"] * (root_MD - self._center_D) @ (root_ND - self._center_D).T
+        h, points = self.h, self.points
+        root_ND, n_domains = points.root_ND, points.root_ND.shape[1]
+        step_MD = (root_MD - self.center_D) * self.importance_D
+        kernel_MN = h["share"] * step_MD @ (root_ND - self.center_D).T
         domain_ND, all_N = np.ones(root_ND.shape), np.ones(len(root_ND))
-        if self._sees_state:
+        if self.sees_state:
             weight_P = _weights(h)
-            state_DP = self._scale(np.asarray(state_DP, dtype=float))
-            meets_ND = (points.state_NDP * state_DP) @ weight_P
+            meets_ND = (points.state_NDP * state_DP) @ weight_P * self.importance_D
             kernel_MN += h["share_state"] * root_MD @ (root_ND * meets_ND).T
             distance_ND = (points.state_NDP - state_DP) ** 2 @ weight_P
             domain_ND = np.exp(-0.5 * distance_ND / h["domain_state_length"] ** 2)
-            all_N = np.exp(-0.5 * distance_ND.mean(axis=1) / h["all_state_length"] ** 2)
+            distance_N = (distance_ND * self.importance_D).mean(axis=1)
+            all_N = np.exp(-0.5 * distance_N / h["all_state_length"] ** 2)
         squared_MN = np.zeros_like(kernel_MN)
-        for d in range(root_MD.shape[1]):
+        for d, importance in enumerate(self.importance_D):
             step_MN = np.subtract.outer(root_MD[:, d], root_ND[:, d])
             step_MN *= step_MN
-            squared_MN += step_MN
+            squared_MN += importance * step_MN
             step_MN *= -0.5 / h["domain_share_length"] ** 2
             np.exp(step_MN, out=step_MN)
-            step_MN *= domain_ND[:, d] * (h["domain"] / root_MD.shape[1])
+            step_MN *= domain_ND[:, d] * (h["domain"] * importance / n_domains)
             kernel_MN += step_MN
         squared_MN *= -0.5 / h["all_share_length"] ** 2
         np.exp(squared_MN, out=squared_MN)
@@ -207,27 +209,28 @@ class ResponseSurface:
 
     def _state_row(self, state_DP: np.ndarray) -> np.ndarray | float:
         """Covariance of the state's main effect with each run's; shape (N,)."""
-        if not self._sees_state:
+        if not self.sees_state:
             return 0.0
-        h, weight_P = self._hyper, _weights(self._hyper)
-        state_DP = self._scale(np.asarray(state_DP, dtype=float))
-        linear_N = ((self._points.state_NDP * state_DP) @ weight_P).mean(axis=1)
-        distance_N = ((self._points.state_NDP - state_DP) ** 2 @ weight_P).mean(axis=1)
+        h, weight_P = self.h, _weights(self.h)
+        linear_N = ((self.points.state_NDP * state_DP) @ weight_P).mean(axis=1)
+        distance_N = ((self.points.state_NDP - state_DP) ** 2 @ weight_P).mean(axis=1)
         smooth_N = np.exp(-0.5 * distance_N / h["state_length"] ** 2)
         return h["state_linear"] * linear_N + h["state_smooth"] * smooth_N
 
     def _prior_variance_of_difference(
         self, state_DP: np.ndarray, root_MD: np.ndarray, root_D: np.ndarray
     ) -> np.ndarray:
-        h = self._hyper
+        h = self.h
         squared_MD = (root_MD - root_D) ** 2
-        variance_M = h["share"] * squared_MD.sum(axis=1)
-        if self._sees_state:
-            size_D = self._scale(np.asarray(state_DP, dtype=float)) ** 2 @ _weights(h)
+        variance_M = h["share"] * squared_MD @ self.importance_D
+        if self.sees_state:
+            size_D = state_DP**2 @ _weights(h) * self.importance_D
             variance_M += h["share_state"] * squared_MD @ size_D
         own_MD = 1 - np.exp(-0.5 * squared_MD / h["domain_share_length"] ** 2)
-        all_M = 1 - np.exp(-0.5 * squared_MD.sum(axis=1) / h["all_share_length"] ** 2)
-        return variance_M + 2 * h["domain"] * own_MD.mean(axis=1) + 2 * h["all"] * all_M
+        distance_M = squared_MD @ self.importance_D
+        all_M = 1 - np.exp(-0.5 * distance_M / h["all_share_length"] ** 2)
+        domain_M = own_MD @ self.importance_D / len(self.importance_D)
+        return variance_M + 2 * h["domain"] * domain_M + 2 * h["all"] * all_M
 
 
 class _Covariance:
@@ -240,12 +243,14 @@ class _Covariance:
         self.sees_state = "share_state" in hyper
         self.root_ND = points.root_ND
         self.centered_ND = points.root_ND - points.root_ND.mean(axis=0)
+        self.importance_D = _importance(hyper, n_domains)
         self.same_state_NN = np.equal.outer(points.state_ids, points.state_ids).astype(float)
         if self.sees_state:
             self.weight_P = _weights(hyper)
             self.meeting_NDP = points.root_ND[:, :, None] * points.state_NDP
             self.flat_NC = (points.state_NDP / np.sqrt(n_domains)).reshape(n_runs, -1)
             self.weight_C = np.tile(self.weight_P, n_domains)
+            self.both_C = np.outer(self.importance_D, self.weight_P).ravel()
 
     def matrix(self) -> np.ndarray:
         """Return the covariance with noise; shape (N, N). Keeps the parts for `gradient`."""
@@ -255,13 +260,13 @@ class _Covariance:
             for d in range(n_domains)
         ]
         self.all_NN = self._smooth(self.root_ND, "all_share_length", None)
-        covariance_NN = h["share"] * self.centered_ND @ self.centered_ND.T
-        for part_NN in self.domain_parts:
-            covariance_NN += h["domain"] / n_domains * part_NN
+        covariance_NN = h["share"] * (self.centered_ND * self.importance_D) @ self.centered_ND.T
+        for part_NN, importance in zip(self.domain_parts, self.importance_D, strict=True):
+            covariance_NN += h["domain"] * importance / n_domains * part_NN
         covariance_NN += h["all"] * self.all_NN + h["state_id"] * self.same_state_NN
         if self.sees_state:
             meeting_NC = self.meeting_NDP.reshape(len(self.root_ND), -1)
-            covariance_NN += h["share_state"] * (meeting_NC * self.weight_C) @ meeting_NC.T
+            covariance_NN += h["share_state"] * (meeting_NC * self.both_C) @ meeting_NC.T
             covariance_NN += h["state_linear"] * (self.flat_NC * self.weight_C) @ self.flat_NC.T
             features_NC = self.flat_NC * np.sqrt(self.weight_C) / h["state_length"]
             self.state_NN = np.exp(-0.5 * _squared_distances(features_NC))
@@ -272,78 +277,108 @@ class _Covariance:
     def gradient(self, slope_NN: np.ndarray) -> dict[str, float]:
         """Return d/d log of each hyper-parameter of a function whose slope by K is `slope_NN`."""
         h, n_domains = self.h, self.root_ND.shape[1]
-        out = {name: 0.0 for name in h}
-        out["share"] = h["share"] * float(
-            np.sum(self.centered_ND * (slope_NN @ self.centered_ND))
-        )
+        self.out = {name: 0.0 for name in h}
+        part_D = np.sum(self.centered_ND * (slope_NN @ self.centered_ND), axis=0)
+        self._add_linear("share", importance_D=part_D * self.importance_D)
         for d, part_NN in enumerate(self.domain_parts):
-            pull_NN = slope_NN * part_NN * (h["domain"] / n_domains)
-            self._add_smooth(out, pull_NN, "domain", self.root_ND[:, d : d + 1], d)
-        self._add_smooth(out, slope_NN * self.all_NN * h["all"], "all", self.root_ND, None)
-        out["state_id"] = h["state_id"] * float(np.sum(slope_NN * self.same_state_NN))
-        out["noise"] = h["noise"] * float(np.trace(slope_NN))
+            pull_NN = slope_NN * part_NN * (h["domain"] * self.importance_D[d] / n_domains)
+            self._add_domain(pull_NN, d)
+        self._add_all(slope_NN * self.all_NN * h["all"])
+        self.out["state_id"] = h["state_id"] * float(np.sum(slope_NN * self.same_state_NN))
+        self.out["noise"] = h["noise"] * float(np.trace(slope_NN))
         if self.sees_state:
-            self._add_linear(out, slope_NN, "share_state", self.meeting_NDP)
-            self._add_linear(out, slope_NN, "state_linear", self.flat_NC.reshape(
-                self.meeting_NDP.shape
-            ))
+            meeting_NC = self.meeting_NDP.reshape(len(slope_NN), -1)
+            part_C = np.sum(meeting_NC * (slope_NN @ meeting_NC), axis=0) * self.both_C
+            part_DP = part_C.reshape(n_domains, -1)
+            self._add_linear(
+                "share_state", importance_D=part_DP.sum(axis=1), weight_P=part_DP.sum(axis=0)
+            )
+            part_C = np.sum(self.flat_NC * (slope_NN @ self.flat_NC), axis=0) * self.weight_C
+            self._add_linear("state_linear", weight_P=part_C.reshape(n_domains, -1).sum(axis=0))
             pull_NN = slope_NN * self.state_NN * h["state_smooth"]
-            out["state_smooth"] = float(pull_NN.sum())
-            self._add_state_length(out, pull_NN, "state_length", None)
-        return out
+            self.out["state_smooth"] = float(pull_NN.sum())
+            pull_C = _pull(pull_NN, self.flat_NC) * self.weight_C
+            self._add_length("state_length", pull_C.reshape(n_domains, -1), weight_only=True)
+        return self.out
 
     def _smooth(self, root_ND: np.ndarray, length: str, d: int | None) -> np.ndarray:
-        parts = [root_ND / self.h[length]]
+        if d is None:
+            parts = [root_ND * np.sqrt(self.importance_D) / self.h[length]]
+        else:
+            parts = [root_ND / self.h[length]]
         if self.sees_state:
             state_length = self.h["all_state_length" if d is None else "domain_state_length"]
             state_NC = (
-                self.flat_NC * np.sqrt(self.weight_C)
+                self.flat_NC * np.sqrt(self.both_C)
                 if d is None
                 else self.points.state_NDP[:, d] * np.sqrt(self.weight_P)
             )
             parts.append(state_NC / state_length)
         return np.exp(-0.5 * _squared_distances(np.hstack(parts)))
 
-    def _add_smooth(
-        self, out: dict, pull_NN: np.ndarray, name: str, root_ND: np.ndarray, d: int | None
-    ) -> None:
-        out[name] += float(pull_NN.sum())
-        share_length = f"{name}_share_length"
-        out[share_length] += _pull(pull_NN, root_ND).sum() / self.h[share_length] ** 2
-        if self.sees_state:
-            self._add_state_length(out, pull_NN, f"{name}_state_length", d)
-
-    def _add_state_length(self, out: dict, pull_NN: np.ndarray, name: str, d: int | None) -> None:
-        n_covariates = len(self.weight_P)
-        pull_P = (
-            _pull(pull_NN, self.flat_NC).reshape(-1, n_covariates).sum(axis=0)
-            if d is None
-            else _pull(pull_NN, self.points.state_NDP[:, d])
-        )
-        part_P = self.weight_P * pull_P / self.h[name] ** 2
-        out[name] += part_P.sum()
-        for key, part in zip(_weight_names(self.h), part_P, strict=True):
-            out[key] -= 0.5 * part
-
     def _add_linear(
-        self, out: dict, slope_NN: np.ndarray, name: str, features_NDP: np.ndarray
+        self,
+        name: str,
+        importance_D: np.ndarray | None = None,
+        weight_P: np.ndarray | None = None,
     ) -> None:
-        flat_NC = features_NDP.reshape(len(slope_NN), -1)
-        part_C = np.sum(flat_NC * (slope_NN @ flat_NC), axis=0)
-        part_P = self.h[name] * self.weight_P * part_C.reshape(-1, len(self.weight_P)).sum(axis=0)
-        out[name] += part_P.sum()
-        for key, part in zip(_weight_names(self.h), part_P, strict=True):
-            out[key] += part
+        """Add what a kernel linear in importances and weights contributes; before `h[name]`."""
+        either = importance_D if importance_D is not None else weight_P
+        self.out[name] += self.h[name] * float(np.sum(either))
+        if importance_D is not None:
+            self._add_to("importance:", self.h[name] * importance_D)
+        if weight_P is not None:
+            self._add_to("weight:", self.h[name] * weight_P)
+
+    def _add_domain(self, pull_NN: np.ndarray, d: int) -> None:
+        total = float(pull_NN.sum())
+        self.out["domain"] += total
+        step_D = np.zeros(self.root_ND.shape[1])
+        step_D[d] = total
+        self._add_to("importance:", step_D)
+        pull = _pull(pull_NN, self.root_ND[:, d : d + 1])[0]
+        self.out["domain_share_length"] += pull / self.h["domain_share_length"] ** 2
+        if self.sees_state:
+            pull_P = _pull(pull_NN, self.points.state_NDP[:, d]) * self.weight_P
+            self._add_length("domain_state_length", pull_P[None], weight_only=True)
+
+    def _add_all(self, pull_NN: np.ndarray) -> None:
+        self.out["all"] += float(pull_NN.sum())
+        pull_D = _pull(pull_NN, self.root_ND) * self.importance_D
+        length = self.h["all_share_length"]
+        self.out["all_share_length"] += float(pull_D.sum()) / length**2
+        self._add_to("importance:", -0.5 * pull_D / length**2)
+        if self.sees_state:
+            pull_C = _pull(pull_NN, self.flat_NC) * self.both_C
+            self._add_length("all_state_length", pull_C.reshape(len(pull_D), -1))
+
+    def _add_length(self, name: str, pull_DP: np.ndarray, *, weight_only: bool = False) -> None:
+        """Add what a state's squared distance contributes, given its pull on each coordinate."""
+        part_DP = pull_DP / self.h[name] ** 2
+        self.out[name] += float(part_DP.sum())
+        self._add_to("weight:", -0.5 * part_DP.sum(axis=0))
+        if not weight_only:
+            self._add_to("importance:", -0.5 * part_DP.sum(axis=1))
+
+    def _add_to(self, prefix: str, parts: np.ndarray) -> None:
+        for name, part in zip(_named(self.h, prefix), parts, strict=False):
+            self.out[name] += float(part)
 
 
-def _weight_names(hyper: Mapping[str, float]) -> list[str]:
-    return [name for name in hyper if name.startswith("weight:")]
+def _named(hyper: Mapping[str, float], prefix: str) -> list[str]:
+    return [name for name in hyper if name.startswith(prefix)]
 
 
 def _weights(hyper: Mapping[str, float]) -> np.ndarray:
     """Weights of the covariates, divided by their number; shape (P,)."""
-    names = _weight_names(hyper)
+    names = _named(hyper, "weight:")
     return np.array([hyper[name] for name in names]) / len(names)
+
+
+def _importance(hyper: Mapping[str, float], n_domains: int) -> np.ndarray:
+    """How much each domain matters to the task, 1 where it isn't fitted; shape (D,)."""
+    names = _named(hyper, "importance:")
+    return np.array([hyper[name] for name in names]) if names else np.ones(n_domains)
 
 
 def _squared_distances(features_NC: np.ndarray) -> np.ndarray:
@@ -361,7 +396,7 @@ def _pull(pull_NN: np.ndarray, features_NC: np.ndarray) -> np.ndarray:
 
 def _prior(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Prior means and standard deviations of the logs; shape (H,) each."""
-    pairs = [PRIORS.get(name, (1.0, WEIGHT_DEVIATION)) for name in names]
+    pairs = [PRIORS.get(name, (1.0, WEIGHT_DEVIATION if name[0]=="w" else IMP)) for name in names]
     return np.log([median for median, _ in pairs]), np.array([sd for _, sd in pairs])
 
 
@@ -396,13 +431,14 @@ def negative_log_posterior(
 
 
 def _search(
-    names: tuple[str, ...], points: _Points, whitened_NT: np.ndarray, seed: int, n_restarts: int
+    names: tuple[str, ...], points: _Points, whitened_NT: np.ndarray, seed: int, n_restarts: int, warm=None
 ) -> dict[str, float]:
     from scipy.optimize import minimize
 
     mean_H, deviation_H = _prior(names)
     rng = np.random.default_rng(seed)
     starts = [mean_H]
+    if warm is not None: starts=[np.array([np.log(warm[n]) if n in warm else 0.0 for n in names])]
     starts += [mean_H + deviation_H * rng.normal(0, 0.7, len(names)) for _ in range(n_restarts)]
     reach_H = SEARCH_WIDTH * deviation_H
     bounds = list(zip(mean_H - reach_H, mean_H + reach_H, strict=True))

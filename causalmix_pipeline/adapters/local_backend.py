@@ -175,8 +175,8 @@ class _Feed:
         order_seed = int(spec.state_hash[:15], 16)
         counts_D = window_counts(np.array(spec.mixture), config.steps * config.batch_size)
         windows = [
-            cut_windows(tokens, offsets, documents, config.sequence_length)
-            for documents in store.state(spec.state_hash)
+            cut_windows(tokens, offsets, tokens_of.positions(ids), config.sequence_length)
+            for ids in store.state(spec.state_hash)
         ]
         starts = np.cumsum([0, *(len(w) for w in windows)])
         domain_W, window_W = window_schedule(

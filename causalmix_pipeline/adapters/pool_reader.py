@@ -7,8 +7,10 @@ no path, query or name is ever built from them.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from causalmix_pipeline.core.errors import PoolError
 
 #: A longer document is quarantined: it would be a large part of a small domain by itself.
 MAX_DOCUMENT_BYTES = 4 * 2**20
+#: Characters of a reason that are kept: a bad row may be large itself.
+MAX_REASON_CHARS = 500
 
 DOCUMENT_SCHEMA = {
     "document_id": pl.String,
@@ -63,7 +67,8 @@ class PoolDocuments:
     @property
     def rejected_share(self) -> float:
         """Refused rows and files over all rows and refused files."""
-        return self.quarantine.height / max(self.n_rows + self.quarantine.height, 1)
+        n_files = self.quarantine["row"].null_count()
+        return self.quarantine.height / max(self.n_rows + n_files, 1)
 
 
 def pool_files(folder: Path) -> list[Path]:
@@ -93,7 +98,7 @@ def pool_fingerprint(folder: Path) -> str:
     """A hash of the pool's file names and contents."""
     digest = hashlib.sha256()
     for path in pool_files(folder):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        digest.update(os.fsencode(path.relative_to(folder)) + b"\0")
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -118,9 +123,10 @@ def read_pool(
         PoolError: if there's no file, no usable document, a listed domain has none, or too large
             a share was rejected. The message names the first reasons.
     """
+    folder = Path(os.path.abspath(folder))  # a folder given as "." has a name, too
     rows, refused, n_rows = [], [], 0
     for path in pool_files(folder):
-        name = str(path.relative_to(folder))
+        name = _as_text(str(path.relative_to(folder)))
         try:
             for number, record in _records(path, columns):
                 n_rows += 1
@@ -129,9 +135,9 @@ def read_pool(
                     assert isinstance(record, dict)
                     rows.append(_document(path, name, number, record, columns))
                 else:
-                    refused.append((name, number, reason))
+                    refused.append((name, number, _as_text(reason[:MAX_REASON_CHARS])))
         except _UnreadableFileError as error:
-            refused.append((name, None, str(error)))
+            refused.append((name, None, _as_text(str(error)[:MAX_REASON_CHARS])))
     quarantine = pl.DataFrame(refused, schema=QUARANTINE_SCHEMA, orient="row")
     frame = pl.DataFrame(rows, schema=DOCUMENT_SCHEMA, orient="row")
     if domains is not None:
@@ -142,16 +148,23 @@ def read_pool(
 
 
 class _UnreadableFileError(Exception):
-    """A file that gives no rows at all."""
+    """A file that can't be read, or not to its end."""
+
+
+def _as_text(name: str) -> str:
+    """A path or reason as UTF-8 can carry it, whatever bytes a file's name or a bad row holds."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _records(path: Path, columns: ColumnMap) -> Iterator[tuple[int, dict | str]]:
     """Yield (row number, record), or (row number, reason) for a row that doesn't parse."""
     if path.suffix == ".parquet":
-        wanted = [c for c in (columns.text, columns.domain, columns.source, columns.group) if c]
+        named = (columns.text, columns.domain, columns.source, columns.group)
+        wanted = list(dict.fromkeys(column for column in named if column))
         try:
-            frame = pl.read_parquet(path)
-        except (pl.exceptions.PolarsError, OSError) as error:
+            # A name may hold brackets, which aren't a pattern. Some damage makes Polars panic.
+            frame = pl.read_parquet(path, glob=False)
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise _UnreadableFileError(f"not readable as Parquet: {error}") from error
         missing = [c for c in wanted if c not in frame.columns]
         if missing:
@@ -160,19 +173,26 @@ def _records(path: Path, columns: ColumnMap) -> Iterator[tuple[int, dict | str]]
             )
         yield from enumerate(frame.select(wanted).iter_rows(named=True))
         return
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 at byte {error.start}"
-                continue
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield number, f"not JSON: {error}"
-                continue
-            yield number, record if isinstance(record, dict) else "not a JSON object"
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file):
+                if number == 0:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                if raw.strip():
+                    yield number, _parse(raw)
+    except OSError as error:
+        raise _UnreadableFileError(f"not readable: {error}") from error
+
+
+def _parse(raw: bytes) -> dict | str:
+    """The record of a JSONL line, or why there's none."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at byte {error.start}"
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits, too
+        return f"not JSON: {error}"
+    return record if isinstance(record, dict) else "not a JSON object"
 
 
 def _refusal(record: dict, columns: ColumnMap) -> str | None:
@@ -200,8 +220,8 @@ def _document(path: Path, name: str, number: int, record: dict, columns: ColumnM
     identity = document_id(text)
     return (
         identity,
-        record[columns.domain] if columns.domain else path.parent.name,
-        record[columns.source] if columns.source else path.stem,
+        record[columns.domain] if columns.domain else _as_text(path.parent.name),
+        record[columns.source] if columns.source else _as_text(path.stem),
         record[columns.group] if columns.group else identity,
         name,
         number,

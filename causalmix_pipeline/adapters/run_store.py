@@ -7,6 +7,7 @@ or absent. A lock per run, held through `flock`, dies with its holder.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -80,8 +81,11 @@ class RunStore:
         except FileNotFoundError:
             return None
         try:
-            record = ProxyRecord(**json.loads(raw))
-        except (ValueError, TypeError) as error:
+            sealed = json.loads(raw)
+            record = ProxyRecord(**sealed["record"])
+            if sealed["sha256"] != _seal(sealed["record"]):
+                raise ValueError("its checksum differs")
+        except (ValueError, TypeError, KeyError) as error:
             raise ProxyError(
                 f"the record of proxy run {key} is damaged ({error}). Delete {path} to train it "
                 "again."
@@ -92,7 +96,8 @@ class RunStore:
 
     def put(self, record: ProxyRecord) -> None:
         """Keep the record of a finished run."""
-        content = json.dumps(asdict(record), sort_keys=True, indent=1)
+        values = asdict(record)
+        content = json.dumps({"record": values, "sha256": _seal(values)}, sort_keys=True, indent=1)
         write_atomically(self.path_of(record.key), content.encode())
 
     def missing(self, specs: Sequence[ProxySpec]) -> list[ProxySpec]:
@@ -118,14 +123,18 @@ class RunStore:
                 os.close(handle)
 
     def put_state(self, state_hash: str, documents: dict[str, np.ndarray]) -> None:
-        """Keep a pool state: positions in the token store by domain, in reading order."""
+        """Keep a pool state: document ids (ASCII bytes) by domain, in reading order.
+
+        Ids, not positions: a pool that grew gives its documents other positions, and a state of
+        the old documents keeps its hash.
+        """
         path = self.root / "states" / f"{state_hash}.npz"
         if not path.exists():
-            arrays = {f"d{i:03d}": positions for i, positions in enumerate(documents.values())}
+            arrays = {f"d{i:05d}": ids for i, ids in enumerate(documents.values())}
             _save_arrays(path, arrays)
 
     def state(self, state_hash: str) -> list[np.ndarray]:
-        """Positions in the token store of a pool state's documents, a domain each."""
+        """Ids of a pool state's documents in reading order, a domain each."""
         with np.load(self.root / "states" / f"{state_hash}.npz") as arrays:
             return [arrays[name] for name in sorted(arrays.files)]
 
@@ -153,6 +162,11 @@ class RunStore:
     def token_store(self, tokens_hash: str) -> TokenStore:
         """The token store of that name."""
         return TokenStore(self.root / "tokens" / tokens_hash)
+
+
+def _seal(values: dict) -> str:
+    """Checksum of a record's values: a changed digit would otherwise be read as an outcome."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

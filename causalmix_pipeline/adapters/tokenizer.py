@@ -127,6 +127,27 @@ class TokenStore:
         """Id of each document, in the order of the store."""
         return (self.folder / "ids.txt").read_text().split("\n")
 
+    def positions(self, document_ids: np.ndarray) -> np.ndarray:
+        """Where documents stand in the store.
+
+        Args:
+            document_ids: ids as ASCII bytes; repeats allowed.
+
+        Raises:
+            PoolError: if the store lacks one.
+        """
+        known = np.array(self.document_ids(), dtype="S")
+        order = np.argsort(known, kind="stable")
+        place = np.searchsorted(known, document_ids, sorter=order)
+        found = order[np.minimum(place, len(known) - 1)]
+        absent = known[found] != document_ids
+        if absent.any():
+            raise PoolError(
+                f"{self.folder} lacks document {document_ids[absent][0].decode()} of a pool state. "
+                "Materialise the experiment pool and the pool states again."
+            )
+        return found
+
     def tokens(self) -> np.ndarray:
         """All token ids, memory-mapped."""
         n_tokens = int(self.offsets()[-1])

@@ -27,7 +27,9 @@ FOLLOW_DATA = (
 def with_live_condition(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
     """The asset, with the condition if it's on the live side."""
     return asset.map_asset_specs(
-        lambda spec: spec.replace_attributes(automation_condition=FOLLOW_DATA)
-        if spec.key.path[-1] in LIVE_SIDE_NAMES
-        else spec
+        lambda spec: (
+            spec.replace_attributes(automation_condition=FOLLOW_DATA)
+            if spec.key.path[-1] in LIVE_SIDE_NAMES
+            else spec
+        )
     )

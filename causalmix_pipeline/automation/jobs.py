@@ -3,8 +3,13 @@
 import dagster as dg
 
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
-from causalmix_pipeline.automation.observation import LIVE_POOL, observe_pool
+from causalmix_pipeline.resources.observation import (
+    EXPERIMENT_POOL,
+    LIVE_POOL,
+    observe_pool,
+)
 from causalmix_pipeline.automation.staleness import stale_assets
+from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 
 #: From the pinned pool to the effect model: what proxy compute is spent on.
@@ -29,9 +34,23 @@ validate_job = dg.define_asset_job(
 )
 
 
-def make_refresh_schedule(
-    settings: Settings, get_defs
-) -> dg.ScheduleDefinition:
+@dg.op(description="Records the content of pools.experiment as the new experiment pool.")
+def adopt_pool(context: dg.OpExecutionContext, project: dg.ResourceParam[Project]) -> None:
+    """Observe the experiment pool."""
+    new = observe_pool(context.instance, project.settings, EXPERIMENT_POOL)
+    context.log.info("adopted" if new else "the experiment pool is the one adopted before")
+
+
+@dg.job(
+    description="Adopts the files in pools.experiment as the new experiment pool; every proxy run "
+    "is then trained anew, so it's a decision about a budget."
+)
+def adopt_experiment_pool() -> None:
+    """Adopt a new experiment pool."""
+    adopt_pool()
+
+
+def make_refresh_schedule(settings: Settings, get_defs) -> dg.ScheduleDefinition:
     """A daily look at the live pool that starts `refresh` for what is stale, and else nothing.
 
     Args:

@@ -11,7 +11,7 @@ import dagster as dg
 
 from causalmix_pipeline.adapters.pool_reader import pool_fingerprint
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
-from causalmix_pipeline.automation.observation import (
+from causalmix_pipeline.resources.observation import (
     LIVE_POOL,
     make_observation,
     observed_version,
@@ -52,9 +52,7 @@ def look_at_pool(
         return dg.SensorResult(
             skip_reason="Files were written again with the same content.", cursor=done
         )
-    return dg.SensorResult(
-        asset_events=[make_observation(LIVE_POOL, folder, version)], cursor=done
-    )
+    return dg.SensorResult(asset_events=[make_observation(LIVE_POOL, folder, version)], cursor=done)
 
 
 def make_pool_sensor(settings: Settings) -> dg.SensorDefinition:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from causalmix_pipeline.automation.observation import DATA_VERSION_TAG, observed_version
+from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
 from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
 
 CODE_VERSION_TAG = "dagster/code_version"
@@ -139,14 +139,18 @@ class _Follower:
     def __init__(self, instance: dg.DagsterInstance, run_id: str, on_event: EventHandler):
         self._instance, self._run_id, self._on_event = instance, run_id, on_event
         self._cursor: str | None = None
+        self._error: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def _follow(self) -> None:
-        while not self._ended.wait(0.3):
+        try:
+            while not self._ended.wait(0.3):
+                self._read()
             self._read()
-        self._read()
+        except Exception as error:  # raised again where the caller can see it
+            self._error = error
 
     def _read(self) -> None:
         while True:
@@ -158,8 +162,15 @@ class _Follower:
                 return
 
     def stop(self) -> None:
+        """Wait for the last entries.
+
+        Raises:
+            Exception: what the function raised, if it did.
+        """
         self._ended.set()
         self._thread.join()
+        if self._error:
+            raise self._error
 
 
 def refresh(

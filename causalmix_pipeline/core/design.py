@@ -38,9 +38,11 @@ class DesignPlan:
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        for name in ("n_runs", "mixtures_per_state", "panel_seeds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"design.{name} must be >= 1, got {getattr(self, name)}.")
+        least = {"n_runs": 1, "mixtures_per_state": 1, "panel_seeds": 1, "panel_mixtures": 0,
+                 "seed": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"design.{name} must be >= {low}, got {getattr(self, name)}.")
 
     @property
     def n_states(self) -> int:
@@ -77,8 +79,8 @@ def make_design(plan: DesignPlan, n_domains: int) -> Design:
     """
     if n_domains < 2:
         raise ConfigError(
-            f"domains must be at least 2 to have a mixture, got {n_domains}. Check pools.experiment "
-            "and columns.domain."
+            f"domains must be at least 2 to have a mixture, got {n_domains}. Check "
+            "pools.experiment and columns.domain."
         )
     mixture_ND = dirichlet_design(
         plan.n_runs, n_domains, strength_range=plan.strength_range, seed=plan.seed

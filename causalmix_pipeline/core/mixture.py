@@ -146,9 +146,10 @@ def dirichlet_design(
     from scipy.special import gammaincinv
 
     low, high = strength_range
-    if not 0 < low <= high:
+    if not 0 < low <= high < np.inf:
         raise ConfigError(
-            f"design.strength_range must be 0 < least <= largest, got {list(strength_range)}."
+            "design.strength_range must be 0 < least <= largest < inf, "
+            f"got {list(strength_range)}. Start from (0.4, 3)."
         )
     uniforms = sobol_uniforms(n_mixtures, n_domains + 1, seed=seed)
     strength_N = low * (high / low) ** uniforms[:, 0]

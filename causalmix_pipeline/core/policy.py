@@ -25,7 +25,7 @@ from causalmix_pipeline.core.mixture import (
 
 #: Candidates of the first, global stage of `optimum`.
 N_CANDIDATES = 4096
-#: Mixtures carried on by the local stage, and its rounds; the step halves in each.
+#: Mixtures carried on by the local stage, and its rounds; the step shrinks to .6 in each.
 N_STARTS = 16
 N_ROUNDS = 12
 #: Candidates and averaged best of `search` (arXiv 2607.01104).
@@ -72,16 +72,21 @@ class Constraints:
     def box(self, domains: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Least and most shares, token availability included.
 
+        A domain without share in the reference gets none inside a trust region: any share would
+        be infinitely far.
+
         Raises:
             ConfigError: if no mixture satisfies them.
         """
         upper_D = np.minimum(np.minimum(self.upper_D, self.token_limit_D()), 1.0)
+        if self.trust_radius is not None:
+            upper_D = np.where(np.asarray(self.reference_D) > 0, upper_D, 0.0)
         for domain, low, high in zip(domains, self.lower_D, upper_D, strict=True):
             if low > high:
                 raise ConfigError(
                     f"policy.least_share of {domain!r} is {low:.4g}, above the most it can have "
-                    f"({high:.4g}, from policy.most_share and its tokens). Lower least_share, or "
-                    "raise max_epochs."
+                    f"({high:.4g}, from policy.most_share, its tokens, and 0 without a share in "
+                    "the reference of a trust region). Lower least_share, or raise max_epochs."
                 )
         if upper_D.sum() < 1 - 1e-9:
             raise ConfigError(
@@ -220,7 +225,13 @@ def recommend(
     """
     if policy not in POLICIES:
         raise ConfigError(f"policy.name must be one of {', '.join(POLICIES)}, got {policy!r}.")
-    if not (np.asarray(weights_T) > 0).any():
+    weights_T = np.asarray(weights_T, dtype=float)
+    if not (np.isfinite(weights_T) & (weights_T >= 0)).all():
+        raise ConfigError(
+            f"tasks: weights must be finite and >= 0, got {weights_T.tolist()}. Use the task's "
+            "direction where less is better."
+        )
+    if not (weights_T > 0).any():
         raise ConfigError("tasks: all weights are 0, so no mixture is better than another.")
     check_mixture(constraints.reference_D, field="policy.reference")
     reference_D = constraints.reference_D

@@ -117,14 +117,16 @@ class Membership:
     rows: np.ndarray
     copies: np.ndarray
 
-    def content_hash(self, document_ids: Sequence[str]) -> str:
-        """Name the state by its documents and their copies, whatever frame they stand in.
+    def content_hash(self, document_ids: Sequence[str], domain_numbers: Sequence[int]) -> str:
+        """Name the state by its domains' documents and their copies, whatever frame they stand in.
 
         Args:
             document_ids: id of each row of the documents frame.
+            domain_numbers: of each row, the place of its domain in the order of the mixture's
+                shares: the same documents divided otherwise among the domains are another state.
         """
         lines = sorted(
-            f"{document_ids[row]} {n_copies}"
+            f"{domain_numbers[row]} {document_ids[row]} {n_copies}"
             for row, n_copies in zip(self.rows.tolist(), self.copies.tolist(), strict=True)
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -231,11 +233,14 @@ def _choose_documents(
     keys = draw.tilt * domain.tilt_score + rng.gumbel(size=len(domain.rows))
     as_twin = rng.random(len(domain.rows)) < draw.noise_share
     chosen, copies = [], []
-    for s, share in enumerate(draw.source_shares):
-        members = np.flatnonzero(domain.source == s)
-        wanted = share * draw.size_share * domain.capacity
-        if wanted < 1 or len(members) == 0:
+    wanted_S = np.array(draw.source_shares) * draw.size_share * domain.capacity
+    # A tiny domain keeps one document at least.
+    main = int(np.argmax(wanted_S))
+    wanted_S[main] = max(wanted_S[main], 1.0)
+    for s, wanted in enumerate(wanted_S.tolist()):
+        if wanted < 1:
             continue
+        members = np.flatnonzero(domain.source == s)
         ranked = members[np.argsort(-keys[members], kind="stable")]
         running = np.cumsum(domain.n_tokens[ranked])
         n_unique = int(np.searchsorted(running, wanted * draw.unique_share)) + 1

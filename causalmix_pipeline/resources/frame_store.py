@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dagster as dg
 import numpy as np
@@ -25,6 +25,10 @@ DIGEST_KEY = "causalmix.digest"
 KIND_KEY = "causalmix.kind"
 SCHEMA_KEY = "causalmix.schema"
 
+#: Types of asset values. Named, since Dagster infers none from a `MaterializeResult` with checks.
+FRAME = dg.PythonObjectDagsterType(pl.DataFrame, name="Frame")
+VALUES = dg.PythonObjectDagsterType(dict, name="Values")
+
 _SLUG = re.compile(r"[a-z0-9_]+")
 
 
@@ -35,7 +39,7 @@ class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
         description="Folder of the asset storage; change it to keep values elsewhere."
     )
 
-    extension: str = ".parquet"
+    extension: ClassVar[str] = ".parquet"
     _base_path: UPath = PrivateAttr()
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:

@@ -90,7 +90,8 @@ def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         if tag is None or is_process_alive(tag):
             continue
         instance.report_run_failed(
-            run, f"The process of this run ({tag}) is gone: it was killed, or the machine restarted."
+            run,
+            f"The process of this run ({tag}) is gone: it was killed, or the machine restarted.",
         )
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         closed.append(run.run_id)

@@ -16,7 +16,7 @@ from causalmix_pipeline.core.pool_state import COVARIATES, METRICS
 from causalmix_pipeline.core.proxy import ProxyConfig
 
 #: Proxy runs of each preset, without the noise panel; `design.n_runs` overrides it.
-PRESET_RUNS = {"tests": 16, "demo": 128, "study": 512}
+PRESET_RUNS = {"tests": 32, "demo": 128, "study": 512}
 
 #: Proxy settings of each preset, over the defaults of `core.proxy.ProxyConfig`.
 PRESET_PROXY: dict[str, dict[str, Any]] = {
@@ -39,6 +39,7 @@ EstimatorName = Literal[
     "response_surface_blind",
     "structured_ridge",
     "causal_forest",
+    "causal_forest_log",
     "regmix",
     "lightgbm_state",
 ]
@@ -195,7 +196,7 @@ class Design(Section):
         default=None,
         ge=8,
         le=100_000,
-        description="Proxy runs without the noise panel; null takes the preset's (tests 16, demo "
+        description="Proxy runs without the noise panel; null takes the preset's (tests 32, demo "
         "128, study 512). Raising it trains only the new runs.",
     )
     mixtures_per_state: int = Field(
@@ -409,9 +410,7 @@ class Settings(Section):
     policy: Policy = Field(default=Policy(), description="How effects become a mixture.")
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
-    seed: int = Field(
-        default=0, ge=0, description="Seed of fits, searches and splits; integer."
-    )
+    seed: int = Field(default=0, ge=0, description="Seed of fits, searches and splits; integer.")
 
     _root: Path = PrivateAttr(default_factory=Path.cwd)
 

@@ -1,0 +1,201 @@
+"""Estimators by name, the choice between them per task, and the one that combines the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from causalmix_pipeline.adapters.econml_forest import CausalForest
+from causalmix_pipeline.adapters.gp_surface import ResponseSurface
+from causalmix_pipeline.adapters.lightgbm_surface import LightGBMSurface
+from causalmix_pipeline.adapters.structured_ridge import StructuredRidge
+from causalmix_pipeline.core.effects import (
+    CrossValidation,
+    EffectEstimator,
+    Gain,
+    cross_validate,
+)
+from causalmix_pipeline.core.errors import ConfigError, EstimationError
+from causalmix_pipeline.core.runs import RunTable
+
+#: Every estimator's name, as a config writes it.
+ESTIMATOR_NAMES = (
+    "response_surface",
+    "response_surface_blind",
+    "structured_ridge",
+    "causal_forest",
+    "causal_forest_log",
+    "regmix",
+    "lightgbm_state",
+)
+
+
+def make_estimator(name: str, seed: int = 0) -> EffectEstimator:
+    """Return a fresh, unfitted estimator.
+
+    Args:
+        name: one of `ESTIMATOR_NAMES`.
+        seed: of whatever it draws; RegMix's trees use no random number.
+
+    Raises:
+        ConfigError: if the name is unknown.
+    """
+    if name == "response_surface":
+        return ResponseSurface(seed=seed)
+    if name == "response_surface_blind":
+        return ResponseSurface(blind=True, seed=seed)
+    if name == "structured_ridge":
+        return StructuredRidge()
+    if name == "causal_forest":
+        return CausalForest(seed=seed)
+    if name == "causal_forest_log":
+        return CausalForest(coordinates="log", seed=seed)
+    if name in ("regmix", "lightgbm_state"):
+        return LightGBMSurface(with_state=name == "lightgbm_state", seed=seed)
+    raise ConfigError(
+        f"estimator must be one of {', '.join(ESTIMATOR_NAMES)}, got {name!r}: choose one of them."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class EstimatorChoice:
+    """Which estimator answers for which task, and the scores that decided it.
+
+    Attributes:
+        chosen: name of the estimator per task.
+        frame: one row per estimator and task: `estimator`, the columns of `CrossValidation.frame`,
+            and `chosen`.
+        validations: the out-of-fold predictions per estimator.
+    """
+
+    chosen: dict[str, str]
+    frame: pl.DataFrame
+    validations: dict[str, CrossValidation]
+
+
+def choose_estimator(
+    runs: RunTable, names: Sequence[str] = ESTIMATOR_NAMES, n_folds: int = 5, seed: int = 0
+) -> EstimatorChoice:
+    """Choose per task by R2 within unseen pool states, from the runs alone.
+
+    Where no state has two mixtures, `r2` over all runs decides. Equal scores go to the name that
+    comes first.
+
+    Args:
+        runs: the proxy runs.
+        names: estimators to compare; those that need covariates fail on runs without.
+        n_folds: folds of whole states.
+        seed: of the folds and the estimators.
+
+    Raises:
+        ConfigError: if `names` is empty or has an unknown name.
+        EstimationError: if an estimator refuses the runs.
+    """
+    if not names:
+        raise ConfigError(
+            f"estimators must name at least one of {', '.join(ESTIMATOR_NAMES)}, got none: add one."
+        )
+    validations = {
+        name: cross_validate(lambda name=name: make_estimator(name, seed), runs, n_folds, seed)
+        for name in names
+    }
+    chosen = {}
+    for t, task in enumerate(runs.tasks):
+        scores = [_score(validations[name], t) for name in names]
+        chosen[task] = names[int(np.argmax(scores))]
+    frame = pl.concat(
+        validation.frame.select(
+            pl.lit(name).alias("estimator"),
+            pl.all(),
+            (pl.col("task").replace_strict(chosen) == name).alias("chosen"),
+        )
+        for name, validation in validations.items()
+    )
+    return EstimatorChoice(chosen, frame, validations)
+
+
+def fit_chosen(runs: RunTable, chosen: Mapping[str, str], seed: int = 0) -> EffectEstimator:
+    """Fit each task's chosen estimator on all runs.
+
+    Args:
+        runs: the proxy runs.
+        chosen: estimator name per task; every task of the runs, no other.
+        seed: of the estimators.
+
+    Returns:
+        The estimator itself if all tasks chose the same, else one that combines them.
+
+    Raises:
+        EstimationError: if a task has no choice, or a choice has no task.
+    """
+    if set(chosen) != set(runs.tasks):
+        raise EstimationError(
+            f"the choice must name exactly the tasks {', '.join(runs.tasks)}, got "
+            f"{', '.join(chosen) or 'none'}: choose again on these runs."
+        )
+    if len(set(chosen.values())) == 1:
+        return make_estimator(next(iter(chosen.values())), seed).fit(runs)
+    return CombinedEstimator(chosen, seed).fit(runs)
+
+
+class CombinedEstimator:
+    """One estimator per task behind the same interface.
+
+    Errors of tasks that different estimators answer for count as fully correlated.
+    """
+
+    name = "combined"
+
+    def __init__(self, chosen: Mapping[str, str], seed: int = 0):
+        """Set up unfitted estimators; `chosen` gives the name per task."""
+        self.chosen = dict(chosen)
+        self.seed = seed
+        self.task_correlation_TT = np.ones((0, 0))
+
+    def fit(self, runs: RunTable) -> CombinedEstimator:
+        """Fit each estimator on the tasks that chose it."""
+        n_tasks = len(runs.tasks)
+        self._members: list[tuple[list[int], EffectEstimator]] = []
+        self.task_correlation_TT = np.ones((n_tasks, n_tasks))
+        self.noise_variance_T = np.full(n_tasks, np.nan)
+        for name in dict.fromkeys(self.chosen.values()):
+            columns = [t for t, task in enumerate(runs.tasks) if self.chosen[task] == name]
+            tasks = [runs.tasks[t] for t in columns]
+            member = make_estimator(name, self.seed).fit(runs.select_tasks(tasks))
+            self.task_correlation_TT[np.ix_(columns, columns)] = member.task_correlation_TT
+            self.noise_variance_T[columns] = getattr(member, "noise_variance_T", np.nan)
+            self._members.append((columns, member))
+        return self
+
+    def predict(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> np.ndarray:
+        """Return the expected outcome of each mixture; shape (M, T)."""
+        return self._gather([m.predict(state_DP, mixture_MD) for _, m in self._members])
+
+    def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
+        """Return each task's gain by its own estimator."""
+        gains = [m.gain(state_DP, mixture_MD, reference_D) for _, m in self._members]
+        return Gain(
+            self._gather([gain.mean_MT for gain in gains]),
+            self._gather([gain.se_MT for gain in gains]),
+        )
+
+    def parameters(self) -> dict:
+        """Return the choice and each member's own parameters."""
+        return {
+            "chosen": self.chosen,
+            "members": {member.name: member.parameters() for _, member in self._members},
+        }
+
+    def _gather(self, parts: list[np.ndarray]) -> np.ndarray:
+        order = np.argsort([t for columns, _ in self._members for t in columns])
+        return np.hstack(parts)[:, order]
+
+
+def _score(validation: CrossValidation, t: int) -> float:
+    row = validation.frame.row(t, named=True)
+    within, overall = row["r2_within"], row["r2"]
+    score = overall if np.isnan(within) else within
+    return -np.inf if np.isnan(score) else score

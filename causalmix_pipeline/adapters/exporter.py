@@ -1,0 +1,205 @@
+"""Hands a mixture to a trainer: which documents to train on, and how often.
+
+`mixture.json` says what was decided; `manifest.parquet` lists documents and copies. A domain's
+documents are read in whole passes and one seeded partial pass, so that its tokens hit their target
+to within one document. A trainer's own format is another `Exporter`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import polars as pl
+
+from causalmix_pipeline.adapters.run_store import write_atomically
+from causalmix_pipeline.core.errors import ConfigError, PoolError
+from causalmix_pipeline.core.mixture import check_mixture
+
+#: Columns of the manifest.
+MANIFEST_COLUMNS = ("document_id", "domain", "source", "file", "row", "n_tokens", "copies")
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """A mixture and the documents that realise it.
+
+    Attributes:
+        domains: D labels, in the mixture's order.
+        mixture_D: shares of training tokens.
+        budget_tokens: tokens of the training run.
+        manifest: a row per document that is read at all: `MANIFEST_COLUMNS`; `copies` is how
+            often it is read in the run.
+        available_D: distinct tokens of each domain.
+        seed: of the partial passes.
+        verdict: of the overlap check.
+        fingerprints: what this was made from, by name.
+    """
+
+    domains: tuple[str, ...]
+    mixture_D: np.ndarray
+    budget_tokens: int
+    manifest: pl.DataFrame
+    available_D: np.ndarray
+    seed: int
+    verdict: str
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """What `mixture.json` holds."""
+        read = dict(
+            self.manifest.group_by("domain")
+            .agg((pl.col("n_tokens") * pl.col("copies")).sum())
+            .iter_rows()
+        )
+        tokens = {domain: int(read.get(domain, 0)) for domain in self.domains}
+        return {
+            "unit": "share of training tokens",
+            "verdict": self.verdict,
+            "weights": dict(zip(self.domains, self.mixture_D.tolist(), strict=True)),
+            "budget_tokens": self.budget_tokens,
+            "tokens": tokens,
+            "epochs": {
+                domain: tokens[domain] / float(available) if available else 0.0
+                for domain, available in zip(self.domains, self.available_D, strict=True)
+            },
+            "seed": self.seed,
+            "fingerprints": dict(self.fingerprints),
+        }
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Writes an export in a trainer's format."""
+
+    def write(self, folder: Path, export: Export) -> list[Path]:
+        """Write the files below `folder`, each whole or not at all, and return their paths."""
+        ...
+
+
+class ManifestExporter:
+    """`mixture.json` and `manifest.parquet`. The manifest comes first, so the JSON never lies."""
+
+    def write(self, folder: Path, export: Export) -> list[Path]:
+        """Write both files; the same export gives the same bytes."""
+        content = io.BytesIO()
+        export.manifest.write_parquet(content, compression="zstd")
+        manifest, mixture = folder / "manifest.parquet", folder / "mixture.json"
+        write_atomically(manifest, content.getvalue())
+        text = json.dumps(export.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(mixture, text.encode("utf-8"))
+        return [mixture, manifest]
+
+
+def write_export(
+    folder: Path,
+    *,
+    mixture: Sequence[float] | np.ndarray,
+    domains: Sequence[str],
+    documents: pl.DataFrame,
+    budget_tokens: int,
+    seed: int = 0,
+    verdict: str,
+    fingerprints: Mapping[str, str] | None = None,
+    exporter: Exporter | None = None,
+) -> Export:
+    """Choose the documents for a mixture and write them for the trainer.
+
+    Args:
+        folder: where the files go; made if it isn't there.
+        mixture: shares of training tokens; shape (D,).
+        domains: D labels.
+        documents: the documents frame of the live pool; augmented rows are left out.
+        budget_tokens: tokens of the training run.
+        seed: decides which documents the partial pass reads.
+        verdict: of the overlap check, kept in `mixture.json`.
+        fingerprints: what this was made from, by name.
+        exporter: the format; `ManifestExporter` if None.
+
+    Returns:
+        The export.
+
+    Raises:
+        ConfigError: for a mixture off the simplex or a budget below 1.
+        PoolError: if a domain with a share has no document.
+    """
+    export = make_export(
+        mixture, domains, documents, budget_tokens=budget_tokens, seed=seed, verdict=verdict,
+        fingerprints=fingerprints or {},
+    )  # fmt: skip
+    (exporter or ManifestExporter()).write(Path(folder), export)
+    return export
+
+
+def make_export(
+    mixture: Sequence[float] | np.ndarray,
+    domains: Sequence[str],
+    documents: pl.DataFrame,
+    *,
+    budget_tokens: int,
+    seed: int,
+    verdict: str,
+    fingerprints: Mapping[str, str],
+) -> Export:
+    """Choose documents and copies; see `write_export`."""
+    mixture_D = check_mixture(np.asarray(mixture, dtype=float), field="mixture")
+    if budget_tokens < 1:
+        raise ConfigError(
+            f"policy.budget_tokens must be >= 1, got {budget_tokens}: a run needs tokens."
+        )
+    usable = documents.filter(~pl.col("augmented")).sort("domain", "document_id")
+    parts, available = [], []
+    for d, domain in enumerate(domains):
+        part = usable.filter(pl.col("domain") == domain)
+        available.append(int(part["n_tokens"].sum()))
+        target = float(mixture_D[d]) * budget_tokens
+        if target >= 1 and not available[-1]:
+            raise PoolError(
+                f"domain {domain!r} must have documents for its share of {mixture_D[d]:.4g}, got "
+                "none. Add documents, or give it no share."
+            )
+        copies = count_copies(part["n_tokens"].to_numpy(), target, rng_seed=[seed, d])
+        parts.append(part.with_columns(copies=pl.Series(copies, dtype=pl.Int64)))
+    manifest = pl.concat(parts).filter(pl.col("copies") > 0).select(MANIFEST_COLUMNS)
+    return Export(
+        domains=tuple(domains),
+        mixture_D=mixture_D,
+        budget_tokens=int(budget_tokens),
+        manifest=manifest,
+        available_D=np.array(available),
+        seed=seed,
+        verdict=verdict,
+        fingerprints=fingerprints,
+    )
+
+
+def count_copies(n_tokens: np.ndarray, target_tokens: float, *, rng_seed: Sequence[int]) -> np.ndarray:
+    """How often each document of a domain is read so that their tokens come near a target.
+
+    Whole passes first, then documents in a random order while that brings the sum nearer.
+
+    Args:
+        n_tokens: tokens of each document; shape (n,).
+        target_tokens: tokens wanted, >= 0.
+        rng_seed: seed of the order.
+
+    Returns:
+        Copies, shape (n,); their tokens miss the target by at most half of the longest document.
+    """
+    n_tokens = np.asarray(n_tokens, dtype=np.int64)
+    total = int(n_tokens.sum())
+    if total == 0:
+        return np.zeros(len(n_tokens), dtype=np.int64)
+    passes = int(target_tokens // total)
+    rest = target_tokens - passes * total
+    copies = np.full(len(n_tokens), passes, dtype=np.int64)
+    order = np.random.default_rng(list(rng_seed)).permutation(len(n_tokens))
+    running = np.concatenate([[0], np.cumsum(n_tokens[order])])
+    n_more = int(np.argmin(np.abs(running - rest)))
+    copies[order[:n_more]] += 1
+    return copies

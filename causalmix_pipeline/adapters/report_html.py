@@ -1,0 +1,437 @@
+"""The report: one self-contained HTML file that answers first and explains after.
+
+The file asks nothing of the network, follows the reader's light or dark setting, and prints. Plots
+are inline SVG whose positions are percentages, so that text keeps its size on a phone. Everything
+from data is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+#: Columns of each frame of `ReportData`.
+FRAME_COLUMNS = {
+    "gains": ("mixture", "gain", "low", "high"),
+    "task_gains": ("task", "weight", "gain", "low", "high", "reference_bits_per_byte"),
+    "slack": ("constraint", "value", "limit", "slack", "binds"),
+    "covariates": ("domain", "covariate", "live", "states"),
+    "predictions": ("task", "observed", "predicted"),
+    "estimators": ("task", "estimator", "chosen", "r2_within", "r2_within_se", "spearman",
+                   "spearman_se", "coverage_90"),
+    "signal": ("task", "mixture_variance", "seed_variance", "ratio", "nats_per_token",
+               "unigram_nats"),
+}  # fmt: skip
+
+#: What each covariate says, for readers who don't know its name.
+COVARIATE_LABELS = {
+    "compress_ratio": "compressed over raw bytes, of a document",
+    "token_entropy": "entropy of a document's tokens, bits",
+    "unique_bigram_ratio": "distinct over all token pairs, of a document",
+    "unigram_cross_entropy": "surprise of single tokens, bits a token",
+    "bigram_cross_entropy": "surprise of token pairs, bits a token",
+    "letter_share": "share of letters",
+    "digit_share": "share of digits",
+    "symbol_share": "share of symbols",
+    "logical_words": "rate of words such as 'therefore'",
+    "bytes_per_token": "bytes a token",
+    "near_duplicate": "share of near-duplicates",
+    "log2_tokens": "size, log2 of distinct tokens",
+    "duplicate_share": "share of repeated text",
+}
+
+#: Colour class of each mixture, the same wherever it is drawn.
+SERIES_CSS = {"recommended": "s0", "reference": "s1", "equal": "s2", "regmix": "s3", "natural": "s4"}
+
+#: What each verdict means to the reader.
+VERDICTS = {
+    "supported": "The live pool is as near to the experiment's pool states as these are to each "
+    "other. The predicted gain and its interval rest on proxy runs of pools like this one.",
+    "extrapolating": "The live pool lies a little beyond the experiment's pool states. Take the "
+    "predicted gain as a rough guide, and train the top-up runs before a large training run.",
+    "unsupported": "No proxy run has seen a pool like this one, so no gain can be promised: the "
+    "reference mixture is kept. The top-up runs listed below would settle it.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """Everything the report shows, as plain values; gains and losses are in bits per byte.
+
+    A gain is positive where the mixture is better than the reference. An unknown interval is null
+    or nan. `low` and `high` are the ends of 90% intervals.
+
+    Attributes:
+        domains: D labels, in the pool's order.
+        mixtures: name to shares in the order of `domains`. `recommended` and `reference` must be
+            there (where the verdict is `unsupported`, they are equal); `equal`, `natural`,
+            `regmix` and any other are shown beside them.
+        reference_name: what the reference is: natural, equal or fixed.
+        verdict: `supported`, `extrapolating` or `unsupported`.
+        overlap_score: distance of the live pool to the experiment's states, as `core.belief` has
+            it; `supported` up to `supported_limit`, `unsupported` above `unsupported_limit`.
+        supported_limit: largest score that counts as supported.
+        unsupported_limit: score from which the verdict is `unsupported`.
+        gains: a row per mixture of `mixtures`, the weighted gain over the reference: `mixture`,
+            `gain`, `low`, `high`.
+        task_gains: a row per task, for the recommended mixture: `task`, `weight` (0 is only
+            reported), `gain`, `low`, `high`, `reference_bits_per_byte` (predicted loss with the
+            reference mixture; null if unknown).
+        slack: the frame of `Constraints.slack`: `constraint`, `value`, `limit`, `slack`, `binds`.
+        covariates: a row per domain and covariate, raw units: `domain`, `covariate`, `live`,
+            `states` (list of the value in each distinct state of the proxy runs).
+        predictions: a row per proxy run and task, of the chosen estimator out of fold: `task`,
+            `observed`, `predicted`; outcomes (minus bits per byte) or bits per byte, both alike.
+        estimators: a row per task and estimator: `task`, `estimator`, `chosen`, `r2_within`,
+            `r2_within_se`, `spearman`, `spearman_se`, `coverage_90` (null without intervals).
+        signal: a row per task: `task`, `mixture_variance`, `seed_variance`, `ratio`,
+            `nats_per_token` (median held-out loss of the proxy runs) and `unigram_nats` (entropy of
+            the task's token frequencies); the last two may be null.
+        provenance: label to value, shown as they are: fingerprints, versions, seeds, run counts.
+        policy: name of the policy.
+        made_at: when, as text; empty leaves it out.
+        budget_tokens: tokens of the planned training run, or None.
+        top_up: proxy runs of the live pool's state that would help, a row each: `share__<domain>`
+            for every domain; None where none are needed.
+    """
+
+    domains: tuple[str, ...]
+    mixtures: Mapping[str, tuple[float, ...]]
+    reference_name: str
+    verdict: str
+    overlap_score: float
+    supported_limit: float
+    unsupported_limit: float
+    gains: pl.DataFrame
+    task_gains: pl.DataFrame
+    slack: pl.DataFrame
+    covariates: pl.DataFrame
+    predictions: pl.DataFrame
+    estimators: pl.DataFrame
+    signal: pl.DataFrame
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    policy: str = "optimum"
+    made_at: str = ""
+    budget_tokens: float | None = None
+    top_up: pl.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        """Check names, lengths and columns: a wrong one is a bug of the caller."""
+        assert self.verdict in VERDICTS, self.verdict
+        assert {"recommended", "reference"} <= set(self.mixtures), list(self.mixtures)
+        for name, shares in self.mixtures.items():
+            assert len(shares) == len(self.domains), (name, shares)
+        for name, columns in FRAME_COLUMNS.items():
+            missing = [c for c in columns if c not in getattr(self, name).columns]
+            assert not missing, f"ReportData.{name} lacks {missing}"
+
+
+def render_report(data: ReportData) -> str:
+    """The report as the text of one HTML file."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("causalmix_pipeline.adapters", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        share=_share_text, number=_number_text, signed=_signed_text, tokens=_tokens_text
+    )
+    headline = _row_of(data.gains, "mixture", "recommended")
+    view = {
+        "data": data,
+        "explained": VERDICTS[data.verdict],
+        "headline": headline,
+        "share_axis": _share_axis(data),
+        "shares": _share_rows(data),
+        "series": _series(data),
+        "mixture_gains": _interval_plot(_comparison_rows(data)),
+        "task_gains": _interval_plot(_task_rows(data)),
+        "binding": data.slack.filter("binds").to_dicts(),
+        "slack": data.slack.to_dicts(),
+        "strips": _strips(data.covariates),
+        "meanings": _meanings(data.covariates),
+        "outside": _outside(data.covariates),
+        "scatters": _scatters(data.predictions),
+        "estimators": _estimator_groups(data),
+        "signal": data.signal.to_dicts(),
+        "top_up": _top_up_rows(data),
+    }
+    return environment.get_template("report.html.j2").render(view)
+
+
+def write_report(path: Path, data: ReportData) -> Path:
+    """Write the report whole or not at all, and return its path."""
+    from causalmix_pipeline.adapters.run_store import write_atomically
+
+    write_atomically(path, render_report(data).encode("utf-8"))
+    return path
+
+
+# ---------------------------------------------------------------------------- numbers as text
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _share_text(value: float) -> str:
+    """A share in percent: 0.5%, 7.2%, 34%."""
+    percent = 100 * value
+    return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"
+
+
+def _number_text(value: float | None) -> str:
+    """Three significant digits; a dash where unknown."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞"
+    size = abs(value)
+    if size == 0 or 1e-3 <= size < 1e5:
+        digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+        return f"{value:,.{digits}f}"
+    return f"{value:.1e}"
+
+
+def _signed_text(value: float | None) -> str:
+    """Three decimals with a sign, as gains are shown."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _tokens_text(value: float) -> str:
+    """Tokens with a unit that people say: 3.2 million."""
+    for size, unit in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def _row_of(frame: pl.DataFrame, column: str, value: str) -> dict[str, Any]:
+    rows = frame.filter(pl.col(column) == value).to_dicts()
+    assert rows, f"no row {value} in {frame[column].to_list()}"
+    return rows[0]
+
+
+# ---------------------------------------------------------------------------- axes
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A linear axis; `at` gives the position in percent."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def around(cls, low: float, high: float, n_ticks: int = 4) -> _Axis:
+        """Widen a range to round ticks."""
+        span = high - low
+        if not span > 0:
+            low, span = low - 0.5, 1.0
+            high = low + span
+        raw = span / n_ticks
+        power = 10 ** math.floor(math.log10(raw))
+        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
+        return cls(ticks[0], ticks[-1], ticks)
+
+    def at(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(100 * min(max(share, 0.0), 1.0), 2)
+
+
+# ---------------------------------------------------------------------------- the mixture
+
+
+def _series(data: ReportData) -> list[dict[str, str]]:
+    """The mixtures to draw, in order: key, colour class and label."""
+    labels = {"recommended": "recommended", "regmix": "RegMix"}
+    kept = data.verdict == "unsupported"
+    names = [] if kept else ["recommended"]
+    names += ["reference"]
+    others = [n for n in data.mixtures if n not in ("recommended", "reference")]
+    # The reference is one of the baselines as a rule: it is drawn once.
+    names += [n for n in others if data.mixtures[n] != data.mixtures["reference"]]
+    reference = f"reference ({data.reference_name}){', kept' if kept else ''}"
+    labels["reference"] = reference
+    return [
+        {"key": name, "label": labels.get(name, name.replace("_", " ")),
+         "css": SERIES_CSS.get(name, "s5")}
+        for name in names
+    ]  # fmt: skip
+
+
+def _share_axis(data: ReportData) -> dict[str, Any]:
+    top = max(max(data.mixtures[s["key"]]) for s in _series(data))
+    axis = _Axis.around(0.0, top)
+    return {"ticks": [{"x": axis.at(t), "text": f"{100 * t:.3g}%"} for t in axis.ticks]}
+
+
+def _share_rows(data: ReportData) -> list[dict[str, Any]]:
+    """A row per domain, the largest recommended share first: bars of all mixtures."""
+    series = _series(data)
+    axis = _Axis.around(0.0, max(max(data.mixtures[s["key"]]) for s in series))
+    chosen, reference = data.mixtures["recommended"], data.mixtures["reference"]
+    order = sorted(range(len(data.domains)), key=lambda d: (-chosen[d], data.domains[d]))
+    return [
+        {
+            "domain": data.domains[d],
+            "share": chosen[d],
+            "change": 100 * (chosen[d] - reference[d]),
+            "bars": [
+                {**s, "share": data.mixtures[s["key"]][d], "x": axis.at(data.mixtures[s["key"]][d])}
+                for s in series
+            ],
+        }
+        for d in order
+    ]
+
+
+# ---------------------------------------------------------------------------- gains
+
+
+def _comparison_rows(data: ReportData) -> list[dict[str, Any]]:
+    by_name = {row["mixture"]: row for row in data.gains.to_dicts()}
+    return [
+        {**by_name[s["key"]], "label": s["label"], "css": s["css"], "note": ""}
+        for s in _series(data)
+        if s["key"] in by_name and s["key"] != "reference"
+    ]
+
+
+def _task_rows(data: ReportData) -> list[dict[str, Any]]:
+    """A row per task, the heaviest first."""
+    total = data.task_gains["weight"].sum() or 1.0
+    rows = []
+    for row in data.task_gains.sort("weight", "task", descending=[True, False]).to_dicts():
+        note = f"weight {_share_text(row['weight'] / total)}" if row["weight"] else "only reported"
+        rows.append({**row, "label": row["task"], "css": "s0" if row["weight"] else "s5",
+                     "note": note})  # fmt: skip
+    return rows
+
+
+def _interval_plot(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Dots with whiskers on one axis that holds 0."""
+    values = [0.0]
+    for row in rows:
+        values += [row[name] for name in ("gain", "low", "high") if _is_known(row[name])]
+    axis = _Axis.around(min(values), max(values))
+    placed = []
+    for row in rows:
+        known = _is_known(row["low"]) and _is_known(row["high"])
+        x = axis.at(row["gain"]) if _is_known(row["gain"]) else None
+        low, high = (axis.at(row["low"]), axis.at(row["high"])) if known else (None, None)
+        placed.append({**row, "x": x, "x_low": low, "x_high": high})
+    ticks = [{"x": axis.at(t), "text": f"{t:+.4g}".replace("-", "−") if t else "0"}
+             for t in axis.ticks]  # fmt: skip
+    return {"rows": placed, "zero": axis.at(0.0), "ticks": ticks}
+
+
+# ---------------------------------------------------------------------------- covariates
+
+
+def _strips(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """A group per domain; each covariate as a strip of the states' values and the live dot."""
+    groups = []
+    for domain in frame["domain"].unique(maintain_order=True).to_list():
+        rows = frame.filter(pl.col("domain") == domain).to_dicts()
+        groups.append({"domain": domain, "strips": [_strip(row) for row in rows]})
+    return groups
+
+
+def _strip(row: dict[str, Any]) -> dict[str, Any]:
+    states, live = sorted(row["states"]), row["live"]
+    low, high = (states[0], states[-1]) if states else (live, live)
+    span = max(high, live) - min(low, live)
+    # A little air on both sides, so that a dot at the end is seen as such.
+    pad = 0.06 * span if span > 0 else 1.0
+    axis = _Axis(min(low, live) - pad, max(high, live) + pad, ())
+    return {
+        "covariate": row["covariate"],
+        "live": live,
+        "low": low,
+        "high": high,
+        "x": axis.at(live),
+        "x_low": axis.at(low),
+        "x_high": axis.at(high),
+        "states": sorted({axis.at(value) for value in states}),
+        "is_outside": _beyond(row) > 0,
+    }
+
+
+def _meanings(frame: pl.DataFrame) -> dict[str, str]:
+    """What each covariate shown is, where that is known."""
+    names = frame["covariate"].unique(maintain_order=True).to_list()
+    return {name: COVARIATE_LABELS[name] for name in names if name in COVARIATE_LABELS}
+
+
+def _beyond(row: dict[str, Any]) -> float:
+    """How far the live value lies outside the states' range, in widths of that range."""
+    if not row["states"]:
+        return 0.0
+    low, high = min(row["states"]), max(row["states"])
+    distance = max(low - row["live"], row["live"] - high, 0.0)
+    slack = 1e-9 * (1 + abs(low) + abs(high))
+    return 0.0 if distance <= slack else distance / max(high - low, slack)
+
+
+def _outside(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """Covariates outside the range of the states, the farthest first."""
+    rows = [{**row, "beyond": _beyond(row)} for row in frame.to_dicts()]
+    rows = [row for row in rows if row["beyond"] > 0]
+    for row in rows:
+        row["low"], row["high"] = min(row["states"]), max(row["states"])
+    return sorted(rows, key=lambda row: -row["beyond"])
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+def _scatters(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """A scatter per task, in a square of 0..100; losses are shown as bits per byte."""
+    plots = []
+    for task in frame["task"].unique(maintain_order=True).to_list():
+        part = frame.filter(pl.col("task") == task)
+        pairs = [(abs(o), abs(p)) for o, p in part.select("observed", "predicted").iter_rows()
+                 if _is_known(o) and _is_known(p)]  # fmt: skip
+        if not pairs:
+            continue
+        flat = [value for pair in pairs for value in pair]
+        axis = _Axis.around(min(flat), max(flat), n_ticks=3)
+        ticks = [{"at": axis.at(t), "text": f"{t:.4g}"} for t in axis.ticks]
+        points = [(axis.at(o), round(100 - axis.at(p), 2)) for o, p in pairs]
+        plots.append({"task": task, "points": points, "ticks": ticks, "n": len(points)})
+    return plots
+
+
+def _estimator_groups(data: ReportData) -> list[dict[str, Any]]:
+    """The estimator table by task, tasks that count first."""
+    weights = dict(data.task_gains.select("task", "weight").iter_rows())
+    tasks = data.estimators["task"].unique(maintain_order=True).to_list()
+    tasks.sort(key=lambda task: -weights.get(task, 0.0))
+    return [
+        {"task": task, "weight": weights.get(task, 0.0),
+         "rows": data.estimators.filter(pl.col("task") == task).to_dicts()}
+        for task in tasks
+    ]  # fmt: skip
+
+
+def _top_up_rows(data: ReportData) -> list[list[float]]:
+    """Shares of each top-up run in the order of the domains."""
+    if data.top_up is None or data.top_up.is_empty():
+        return []
+    return [list(row) for row in data.top_up.select(
+        [f"share__{domain}" for domain in data.domains]).iter_rows()]  # fmt: skip

@@ -1,0 +1,131 @@
+"""The effect model: which estimator answers for which task, and how far to believe it."""
+
+from collections.abc import Mapping
+
+import dagster as dg
+import polars as pl
+
+from causalmix_pipeline.adapters.estimators import CombinedEstimator, choose_estimator
+from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
+from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.resources.frame_store import VALUES, content_digest
+from causalmix_pipeline.resources.project import Project
+
+
+@dg.asset(dagster_type=VALUES, group_name="effects", kinds={"econml", "lightgbm"}, code_version="1")
+def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> dg.MaterializeResult:
+    """Which estimator answers for each task, and every estimator's score on unseen pool states.
+
+    Chosen by cross-validation whose folds never split a pool state. Kept as choice and seed: what
+    uses it fits again on the run table, which takes seconds. Stale when the run table or the list
+    of estimators changes.
+    """
+    runs, seed = RunTable.from_frame(run_table), project.settings.seed
+    choice = choose_estimator(runs, project.settings.estimators, seed=seed)
+    chosen = [choice.validations[choice.chosen[task]] for task in runs.tasks]
+    value = {
+        "chosen": choice.chosen,
+        "seed": seed,
+        "scores": choice.frame.to_dicts(),
+        "run_ids": list(runs.run_ids),
+        "out_of_fold": {
+            task: validation.prediction_NT[:, t].tolist()
+            for t, (task, validation) in enumerate(zip(runs.tasks, chosen, strict=True))
+        },
+    }
+    best = choice.frame.filter("chosen")
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(value)),
+        metadata={
+            "R2 within unseen states": float(best["r2_within"].mean()),  # pyright: ignore[reportArgumentType]
+            "Spearman on unseen states": float(best["spearman"].mean()),  # pyright: ignore[reportArgumentType]
+            "scores": markdown_table(
+                choice.frame.select("estimator", "task", "r2_within", "spearman", "chosen")
+                .sort("task", "estimator")
+                .to_dicts()
+            ),
+        },
+    )
+
+
+@dg.asset(
+    dagster_type=VALUES,
+    group_name="effects",
+    kinds={"python"},
+    code_version="1",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "above_the_noise_floor",
+            asset="cate_checks",
+            description="Mixtures move each wanted task more than seeds do (F test at 5%).",
+        ),
+        dg.AssetCheckSpec(
+            "randomised",
+            asset="cate_checks",
+            description="The pool state doesn't tell the mixture: the runs are an experiment.",
+        ),
+        dg.AssetCheckSpec(
+            "beats_placebo",
+            asset="cate_checks",
+            description="Predictions for unseen states are better than with shuffled mixtures.",
+        ),
+    ],
+)
+def cate_checks(
+    project: dg.ResourceParam[Project], run_table: pl.DataFrame, cate_model: dict
+) -> dg.MaterializeResult:
+    """How far to believe the effect model: noise floor, confounding, placebo, per task.
+
+    Stale when the run table or the effect model changes.
+    """
+    runs, seed = RunTable.from_frame(run_table), cate_model["seed"]
+    floor, mixing = noise_floor(runs), confounding(runs, seed=seed)
+    trial = placebo(lambda: CombinedEstimator(cate_model["chosen"], seed), runs, seed=seed)
+    value = {
+        "noise_floor": floor.to_dicts(),
+        "treatment_r2": mixing.r2,
+        "placebo": trial.to_dicts(),
+    }
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(value)),
+        metadata={
+            "R2 of the mixture given the state": mixing.r2,
+            "noise floor": markdown_table(
+                floor.select("task", "mixture_variance", "seed_variance", "ratio").to_dicts()
+            ),
+            "correlation with outcomes within states": markdown_table(trial.to_dicts()),
+        },
+        check_results=list(belief_checks(value, project.settings.task_weights)),
+    )
+
+
+def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.AssetCheckResult]:
+    """Turn what was found into the three checks; each only warns, since a person may know better."""
+    wanted = [task for task, weight in weights.items() if weight > 0]
+    drowned = [
+        row["task"]
+        for row in value["noise_floor"]
+        if row["task"] in wanted and row["above_noise"] is False
+    ]
+    lost = [
+        row["task"]
+        for row in value["placebo"]
+        if row["task"] in wanted and not row["real"] > row["mixtures_permuted"]
+    ]
+    passed = {
+        "above_the_noise_floor": (not drowned, {"tasks in the noise": ", ".join(drowned) or "none"}),
+        "randomised": (
+            value["treatment_r2"] <= OBSERVATIONAL_R2,
+            {"R2": value["treatment_r2"], "limit": OBSERVATIONAL_R2},
+        ),
+        "beats_placebo": (not lost, {"tasks no better": ", ".join(lost) or "none"}),
+    }
+    return [
+        dg.AssetCheckResult(
+            check_name=name, passed=ok, severity=dg.AssetCheckSeverity.WARN, metadata=metadata
+        )
+        for name, (ok, metadata) in passed.items()
+    ]

@@ -1,0 +1,305 @@
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import polars as pl
+import pytest
+
+from causalmix_pipeline.adapters.report_html import (
+    FRAME_COLUMNS,
+    VERDICTS,
+    ReportData,
+    _Axis,
+    _beyond,
+    _number_text,
+    _share_text,
+    _signed_text,
+    _tokens_text,
+    render_report,
+    write_report,
+)
+
+DOMAINS = ("math", "manuals", "prose")
+
+
+def frame(name: str, rows: list[tuple]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=list(FRAME_COLUMNS[name]), orient="row")
+
+
+def report_data(**changes) -> ReportData:
+    """A small report: three domains, two tasks, two estimators."""
+    data = ReportData(
+        domains=DOMAINS,
+        mixtures={
+            "recommended": (0.5, 0.3, 0.2),
+            "reference": (0.2, 0.2, 0.6),
+            "natural": (0.2, 0.2, 0.6),
+            "equal": (1 / 3, 1 / 3, 1 / 3),
+            "regmix": (0.4, 0.5, 0.1),
+        },
+        reference_name="natural",
+        verdict="supported",
+        overlap_score=0.8,
+        supported_limit=1.0,
+        unsupported_limit=1.5,
+        gains=frame(
+            "gains",
+            [
+                ("recommended", 0.046, 0.031, 0.061),
+                ("natural", 0.0, 0.0, 0.0),
+                ("equal", -0.012, -0.02, -0.004),
+                ("regmix", 0.021, None, None),
+            ],
+        ),
+        task_gains=frame(
+            "task_gains",
+            [("solving", 0.75, 0.05, 0.03, 0.07, 2.4), ("talking", 0.0, -0.1, -0.2, 0.0, None)],
+        ),
+        slack=frame("slack", [("prose: least share", 0.2, 0.2, 0.0, True)]),
+        covariates=frame(
+            "covariates",
+            [(d, "compress_ratio", 0.45, [0.4, 0.44, 0.5]) for d in DOMAINS],
+        ),
+        predictions=frame(
+            "predictions", [("solving", -2.0 - i / 10, -2.05 - i / 10) for i in range(5)]
+        ),
+        estimators=frame(
+            "estimators",
+            [
+                ("solving", "response_surface", True, 0.8, 0.04, 0.9, 0.02, 0.91),
+                ("solving", "regmix", False, 0.5, 0.05, 0.7, 0.03, None),
+            ],
+        ),
+        signal=frame("signal", [("solving", 0.04, 0.001, 40.0, 4.3, 5.9)]),
+        provenance={"live pool": "9c1f3a7d"},
+    )
+    return dataclasses.replace(data, **changes)
+
+
+TOP_UP = pl.DataFrame(
+    {"share__math": [0.7, 0.1], "share__manuals": [0.2, 0.1], "share__prose": [0.1, 0.8]}
+)
+
+
+class _Tags(HTMLParser):
+    """Collects tags, attributes and text, and that every tag is closed in order."""
+
+    VOID = {"meta", "rect", "circle", "line", "br"}
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID or tag == "rect":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def text_of(html: str) -> str:
+    return re.sub(r"\s+", " ", _Tags(html).text)
+
+
+def test_every_tag_is_closed_in_order():
+    for verdict in VERDICTS:
+        assert _Tags(render_report(report_data(verdict=verdict, top_up=TOP_UP))).open == []
+
+
+def test_nothing_is_fetched_from_anywhere():
+    """The report must work offline, and tell nobody that it was opened."""
+    html = render_report(report_data())
+
+    fetching = {"src", "href", "action", "poster", "data", "srcset", "xlink:href"}
+    assert not [name for _, name, _ in _Tags(html).attributes if name in fetching]
+    assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe", html)
+
+
+def test_names_from_data_can_do_nothing_in_the_page():
+    evil = '"><script>alert(1)</script>'
+    data = report_data(
+        domains=(evil, "manuals", "prose"),
+        covariates=frame("covariates", [(evil, evil, 9.0, [0.1, 0.2])]),
+        task_gains=frame("task_gains", [(evil, 1.0, 0.1, 0.0, 0.2, None)]),
+        predictions=frame("predictions", [(evil, -2.0, -2.1)]),
+        estimators=frame("estimators", [(evil, evil, True, 0.1, 0.1, 0.1, 0.1, None)]),
+        signal=frame("signal", [(evil, 0.1, 0.1, 1.0, None, None)]),
+        slack=frame("slack", [(evil, 0.1, 0.1, 0.0, True)]),
+        provenance={evil: evil},
+        reference_name=evil,
+        made_at=evil,
+        policy=evil,
+    )
+
+    html = render_report(data)
+
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_the_answer_comes_first():
+    text = text_of(render_report(report_data()))
+
+    assert text.index("Recommended mixture") < text.index("+0.046") < text.index("50%")
+    assert "90% interval +0.031 to +0.061" in text
+    assert VERDICTS["supported"][:40] in text
+
+
+def test_a_gain_without_interval_says_so():
+    gains = frame("gains", [("recommended", 0.046, float("nan"), float("nan"))])
+
+    text = text_of(render_report(report_data(gains=gains)))
+
+    assert "This estimator gives no interval" in text
+    assert "90% interval +" not in text
+
+
+def test_an_unsupported_pool_keeps_the_reference_and_promises_nothing():
+    mixtures = dict(report_data().mixtures)
+    mixtures["recommended"] = mixtures["reference"]
+    data = report_data(verdict="unsupported", overlap_score=2.9, mixtures=mixtures, top_up=TOP_UP)
+
+    text = text_of(render_report(data))
+
+    assert "Reference mixture kept" in text
+    assert "no gain promised" in text
+    assert "+0.046" not in text
+    assert "run the 2 top-up proxy runs" in text
+    assert "What binds" not in text
+
+
+def test_the_top_up_plan_lists_each_run():
+    html = render_report(report_data(verdict="unsupported", top_up=TOP_UP))
+
+    assert "Top-up plan" in html
+    assert ">70%<" in html and ">80%<" in html
+
+
+def test_a_supported_pool_shows_no_top_up_plan():
+    assert "Top-up plan" not in render_report(report_data())
+
+
+def test_the_reference_is_drawn_once_though_it_is_also_a_baseline():
+    text = text_of(render_report(report_data()))
+
+    assert "reference (natural)" in text
+    assert text.count("natural 20%") == 0
+
+
+def test_what_binds_is_named_with_its_limit():
+    text = text_of(render_report(report_data()))
+    free = report_data(slack=report_data().slack.clear())
+
+    assert "prose: least share: at 0.200, limit 0.200" in text
+    assert "No constraint binds" in text_of(render_report(free))
+
+
+def test_a_covariate_outside_the_states_is_named_at_the_top():
+    covariates = frame(
+        "covariates",
+        [("math", "compress_ratio", 0.45, [0.4, 0.5]), ("prose", "symbol_share", 0.9, [0.1, 0.2])],
+    )
+
+    text = text_of(render_report(report_data(covariates=covariates)))
+
+    assert "Outside the states' range: prose symbol_share 0.900 (states 0.100 to 0.200)" in text
+    assert text.index("Outside the states") < text.index("Shares as a table")
+
+
+def test_the_estimator_that_answers_is_marked_and_regmix_stands_beside():
+    html = render_report(report_data())
+
+    assert html.count("answers</span>") == 1
+    assert re.search(r"response_surface <span class=\"tag\">answers", html)
+    assert "regmix" in html
+
+
+def test_tasks_that_count_stand_before_those_only_reported():
+    text = text_of(render_report(report_data()))
+
+    assert text.index("solving weight 100%") < text.index("talking only reported")
+
+
+def test_positions_stay_within_the_plot():
+    html = render_report(report_data())
+
+    positions = [float(x) for x in re.findall(r'(?:cx|x|x1|x2|width)="([-\d.]+)%"', html)]
+    assert positions
+    assert all(0 <= x <= 100 for x in positions)
+
+
+def test_the_file_is_written_whole(tmp_path):
+    path = write_report(tmp_path / "reports" / "report.html", report_data())
+
+    assert path.read_text(encoding="utf-8") == render_report(report_data())
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_the_same_data_gives_the_same_page():
+    assert render_report(report_data()) == render_report(report_data())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verdict": "maybe"}, "maybe"),
+        ({"mixtures": {"recommended": (0.5, 0.3, 0.2)}}, "recommended"),
+        ({"mixtures": {"recommended": (1.0,), "reference": (1.0,)}}, "recommended"),
+        ({"signal": pl.DataFrame({"task": ["solving"]})}, "ReportData.signal lacks"),
+    ],
+)
+def test_incomplete_data_is_a_bug_of_the_caller(changes, message):
+    with pytest.raises(AssertionError, match=message):
+        report_data(**changes)
+
+
+def test_a_task_without_finite_predictions_is_left_out():
+    predictions = frame("predictions", [("solving", -2.0, float("nan"))])
+
+    assert "<figure>" not in render_report(report_data(predictions=predictions))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.31), (-0.02, 0.061), (1.2, 1.2), (-3e-7, 4e-7), (0.0, 1.0)]
+)
+def test_an_axis_holds_its_range_between_few_round_ticks(low, high):
+    axis = _Axis.around(low, high)
+
+    assert axis.low <= low and axis.high >= high
+    assert 2 <= len(axis.ticks) <= 8
+    assert axis.at(axis.low) == 0 and axis.at(axis.high) == 100
+
+
+def test_a_value_on_the_border_of_the_states_is_inside():
+    row = {"live": 0.3, "states": [0.1, 0.1 + 0.2]}
+
+    assert _beyond(row) == 0
+    assert _beyond({"live": 0.4, "states": [0.1, 0.3]}) == pytest.approx(0.5)
+    assert _beyond({"live": 0.4, "states": []}) == 0
+    assert _beyond({"live": 0.4, "states": [0.3, 0.3]}) > 0
+
+
+def test_numbers_read_as_people_write_them():
+    assert [_share_text(x) for x in (0.005, 0.072, 0.0996, 0.34)] == ["0.5%", "7.2%", "10%", "34%"]
+    assert [_signed_text(x) for x in (0.0461, -0.0123, None)] == ["+0.046", "−0.012", "–"]
+    assert [_number_text(x) for x in (0.0, 0.1234, 5.678, 12.34, 345.6)] == [
+        "0.000", "0.123", "5.68", "12.3", "346",
+    ]  # fmt: skip
+    assert [_number_text(x) for x in (None, float("nan"), float("inf"), 1.2e-5)] == [
+        "–", "–", "∞", "1.2e-05",
+    ]  # fmt: skip
+    assert [_tokens_text(x) for x in (900, 3_210_000, 2e9, 1.5e13)] == [
+        "900", "3.21 million", "2 billion", "15 trillion",
+    ]  # fmt: skip
