@@ -4,9 +4,18 @@ from pathlib import Path
 
 import dagster as dg
 
-from causalmix_pipeline.assets import design, effects, pool, proxy, recommendation
+from causalmix_pipeline.assets import (
+    design,
+    effects,
+    pool,
+    proxy,
+    recommendation,
+    report,
+    validation,
+)
 from causalmix_pipeline.automation.conditions import with_live_condition
 from causalmix_pipeline.automation.jobs import (
+    adopt_experiment_pool,
     experiment_job,
     make_refresh_schedule,
     refresh_job,
@@ -15,26 +24,32 @@ from causalmix_pipeline.automation.jobs import (
 from causalmix_pipeline.automation.sensors import make_condition_sensor, make_pool_sensor
 from causalmix_pipeline.automation.versions import with_settings_version
 from causalmix_pipeline.resources.project import default_resources
+from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import config_path, load_settings
 
 
-def build_definitions(config_file: Path) -> dg.Definitions:
-    """The definitions of the project of a settings file; a missing file means the defaults."""
-    settings = load_settings(config_file, missing_ok=True)
-    modules = [pool, design, proxy, effects, recommendation]
+def build_definitions(config_file: Path, settings: Settings | None = None) -> dg.Definitions:
+    """The definitions of the project of a settings file; a missing file means the defaults.
+
+    Args:
+        config_file: read again by each run.
+        settings: what jobs, sensors and code versions are built from; None reads the file.
+    """
+    settings = settings or load_settings(config_file, missing_ok=True)
+    modules = [pool, design, proxy, effects, recommendation, report, validation]
     assets = [
         with_live_condition(with_settings_version(asset, settings))
         if isinstance(asset, dg.AssetsDefinition)
         else asset
-        for asset in dg.load_assets_from_modules(modules)
+        for asset in dg.load_assets_from_modules(modules, include_specs=True)
     ]
     built: list[dg.Definitions] = []
     definitions = dg.Definitions(
         assets=assets,
         asset_checks=dg.load_asset_checks_from_modules(modules),
-        jobs=[],
-        schedules=[],
-        sensors=[],
+        jobs=[experiment_job, refresh_job, validate_job, adopt_experiment_pool],
+        schedules=[make_refresh_schedule(settings, lambda: built[0])],
+        sensors=[make_pool_sensor(settings), make_condition_sensor(settings)],
         resources=default_resources(config_file),
         # A step in a process of its own costs 6 s; the heavy step starts its own workers.
         executor=dg.in_process_executor,

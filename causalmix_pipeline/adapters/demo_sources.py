@@ -47,6 +47,14 @@ Item = tuple[str, str]  # (group, text)
 
 
 def read_sources(tell: Callable[[float, str], None]) -> dict[str, list[Item]]:
+    """Read all sources but the other languages.
+
+    Args:
+        tell: called with the share done, up to .65, and the source being read.
+
+    Returns:
+        Items of each source, in a fixed order, without exact copies.
+    """
     readers: dict[str, Callable[[], Iterable[Item]]] = {
         "symbolic": _symbolic,
         "word_problems": _word_problems,
@@ -70,11 +78,17 @@ def read_sources(tell: Callable[[float, str], None]) -> dict[str, list[Item]]:
     return items
 
 
+_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+
+
 def _tidy(items: Iterable[Item]) -> list[Item]:
-    """Split long items, drop exact copies and empty ones, stop at SOURCE_CHARS."""
+    """Split long items, drop exact copies and empty ones, stop at SOURCE_CHARS.
+
+    Line ends other than a line feed go, so that no reader of JSONL takes them for a row's end.
+    """
     kept, seen, chars = [], set(), 0
     for group, whole in items:
-        for text in _split(whole.strip("\n")):
+        for text in _split(_LINE_END.sub("\n", whole).strip("\n")):
             if text.strip() and text not in seen:
                 seen.add(text)
                 kept.append((group, text))
@@ -193,7 +207,7 @@ def _without_instructions(
     uses = Counter(piece for pieces in parts for piece in set(pieces))
     fixed = {piece for piece, count in uses.items() if _is_fixed(piece, count / len(entries))}
     cleaned = []
-    for (block, _, answer), pieces in zip(entries, parts):
+    for (block, _, answer), pieces in zip(entries, parts, strict=True):
         text = " ".join(piece for piece in pieces if piece not in fixed)
         text = re.sub(r" *\n *", "\n", text)
         cleaned.append((block, re.sub(r"\n{2,}", "\n", text).strip(), answer))
@@ -365,7 +379,8 @@ def _function_text(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence
     cut: set[int] = set()
     for inner in ast.walk(node):
         found = _docstring(inner)
-        if found is not None and len(inner.body) > 1:  # a body of one docstring stays valid
+        # A body of one docstring stays: without it the function wouldn't parse.
+        if found is not None and len(getattr(inner, "body", ())) > 1:
             cut.update(range(found.lineno, (found.end_lineno or found.lineno) + 1))
     start = min([node.lineno, *(item.lineno for item in node.decorator_list)])
     kept = [lines[i - 1] for i in range(start, (node.end_lineno or start) + 1) if i not in cut]
@@ -485,5 +500,6 @@ def _conversations(language: str) -> Iterator[Item]:
 
 
 def other_languages() -> list[Item]:
+    """Return conversations that aren't English, for the drop that is out of reach."""
     languages = ("german", "spanish", "italian", "ukrainian", "japanese")
     return _tidy(item for language in languages for item in _conversations(language))

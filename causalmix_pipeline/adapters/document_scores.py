@@ -129,7 +129,7 @@ def near_duplicates(texts: pl.Series) -> np.ndarray:
     Returns:
         Booleans, shape (n,).
     """
-    from rensa import RMinHash, RMinHashLSH
+    from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue]
 
     index = RMinHashLSH(NEAR_DUPLICATE_JACCARD, MINHASH_PERMUTATIONS, 16)
     hashes = []

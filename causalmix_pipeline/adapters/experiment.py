@@ -293,7 +293,7 @@ def make_specs(
     """The spec of each proxy run of a design."""
     return [
         ProxySpec(
-            state_hash=state_hashes[state],
+            state_hash=state_hashes[int(state)],
             tokens_hash=tokens_hash,
             eval_hash=eval_hash,
             mixture=tuple(mixture_D.tolist()),

@@ -2,17 +2,19 @@
 
 With s = sqrt(share) and z = standardised covariates, the prior covariance of two runs' outcomes is
 
-    share         s . s'                          a domain helps, whatever its state
-    share_state   sum_d s_d s'_d  z_d . z'_d      how much depends on the domain's own state
-    domain        mean_d smooth(s_d, z_d)         each domain's own curve
-    all           smooth(s, z)                    anything else
+    share          sum_d i_d s_d s'_d             a domain helps, whatever its state
+    share_state    sum_d i_d s_d s'_d  z_d . z'_d how much depends on the domain's own state
+    domain         mean_d i_d smooth(s_d, z_d)    each domain's own curve
+    all            smooth(i s, i z)               anything else
     state_linear, state_smooth                    main effect of the state
-    state_id      same state                      what the covariates miss; cancels in gains
-    noise         same run                        the seed
+    state_id       same state                     what the covariates miss; cancels in gains
+    noise          same run                       the seed
 
-Hyper-parameters are shared by the tasks and found by maximising the marginal likelihood with weak
-priors. Source: C. E. Rasmussen and C. K. I. Williams, Gaussian Processes for Machine Learning,
-sections 2.2 (posterior) and 5.4.1 (likelihood and its gradient).
+where i_d is the importance of domain d and covariates are weighted alike in all domains. Each task
+has its own hyper-parameters, found by maximising the marginal likelihood with weak priors: sharing
+them among tasks, and leaving the importance out, was measured and is worse (docs/DECISIONS.md).
+Source: C. E. Rasmussen and C. K. I. Williams, Gaussian Processes for Machine Learning, sections 2.2
+(posterior) and 5.4.1 (likelihood and its gradient).
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from causalmix_pipeline.core.effects import MINIMUM_STATES, Gain, StateScaler, check_runs
+from causalmix_pipeline.core.effects import (
+    MINIMUM_STATES,
+    RELATIVE_FLOOR,
+    Gain,
+    StateScaler,
+    check_runs,
+)
 from causalmix_pipeline.core.errors import EstimationError
 from causalmix_pipeline.core.runs import RunTable
 
@@ -47,7 +55,8 @@ PRIORS = {
 #: Hyper-parameters that exist without covariates.
 BLIND = ("share", "domain", "all", "state_id", "noise", "domain_share_length", "all_share_length")
 
-#: Prior standard deviation of the log weight of a covariate (median 1).
+#: Prior standard deviation of the log weight of a covariate or log importance of a domain; the
+#: median is 1.
 WEIGHT_DEVIATION = 1.0
 
 #: How many prior standard deviations a hyper-parameter may move.
@@ -56,12 +65,17 @@ SEARCH_WIDTH = 3.0
 #: Added to the diagonal of the covariance so that its Cholesky exists, in outcome variances.
 JITTER = 1e-6
 
+#: Most runs that the search of hyper-parameters sees; the posterior sees them all. With 512 runs a
+#: search on all costs five times as much.
+SEARCH_RUNS = 256
+
+#: Covariances computed at a time, so that a part (1 MB) stays in the processor's cache.
+CHUNK_VALUES = 131_072
+
 #: Observations that the prior guess 1 of a task's scale counts for.
 SCALE_PRIOR_RUNS = 10.0
 
 
-import os
-ARD=int(os.environ.get("ARD",0));PER_TASK=int(os.environ.get("PT",0));WARM=int(os.environ.get("WARM",0));IMP=float(os.environ.get("IMP",1))
 @dataclass(frozen=True, eq=False)
 class _Points:
     """Runs as the kernel sees them: s = sqrt(share) (N, D), z (N, D, P), state ids (N,)."""
@@ -76,18 +90,19 @@ class ResponseSurface:
 
     Attributes:
         noise_variance_T: variance of one run's outcome around its mean; shape (T,).
-        task_correlation_TT: correlation of the tasks' whitened outcomes; the posterior errors of
-            a gain are correlated alike, since the tasks share one kernel.
+        task_correlation_TT: correlation of the tasks' whitened outcomes, which the posterior
+            errors of a gain share where tasks have like kernels.
         dropped_covariates: names of covariates that never vary among the runs' states.
     """
 
-    def __init__(self, *, blind: bool = False, seed: int = 0, n_restarts: int = 1):
+    def __init__(self, *, blind: bool = False, seed: int = 0, n_restarts: int = 0):
         """Set up an unfitted surface.
 
         Args:
             blind: whether to ignore covariates even where there are some.
-            seed: draws the starts of the search after the first, which is the prior's median.
-            n_restarts: further starts of the search, 0 or more.
+            seed: draws the further starts of the search, and the runs it sees if there are many.
+            n_restarts: starts of the search beside the prior's median, 0 or more; they changed
+                neither fit nor regret where it was measured.
         """
         self.name = "response_surface_blind" if blind else "response_surface"
         self.blind = blind
@@ -97,81 +112,134 @@ class ResponseSurface:
         self.dropped_covariates: tuple[str, ...] = ()
 
     def fit(self, runs: RunTable, parameters: Mapping | None = None) -> ResponseSurface:
-        check_runs(runs)
+        """Find the hyper-parameters of each task, or reuse them, and condition on the runs.
+
+        Args:
+            runs: the proxy runs; their order doesn't matter.
+            parameters: what `parameters()` returned for an earlier fit; no search then.
+
+        Raises:
+            EstimationError: if `check_runs` refuses the runs, or `parameters` were made for other
+                tasks, domains or covariates.
+        """
+        asks_state = not self.blind and bool(runs.covariates)
+        check_runs(runs, minimum_states=MINIMUM_STATES if asks_state else 1)
         runs = runs.sorted_by_run()
         self._scaler = StateScaler.fit(runs.distinct_states()[1])
-        self._sees_state = not self.blind and bool(self._scaler.kept_DP.any())
+        self.dropped_covariates = self._scaler.dropped(runs) if asks_state else ()
+        names = _hyper_names(runs, asks_state and bool(self._scaler.kept_DP.any()))
         points = _Points(
             np.sqrt(np.clip(runs.mixture_ND, 0, None)),
             self._scaler.transform(runs.state_NDP),
             runs.state_ids,
         )
-        self._outcome_mean_T, deviation_T = runs.outcome_NT.mean(axis=0), runs.outcome_NT.std(axis=0)
-        self._outcome_scale_T = np.where(deviation_T > 0, deviation_T, 1.0)
-        whitened_NT = (runs.outcome_NT - self._outcome_mean_T) / self._outcome_scale_T
-        names = BLIND if not self._sees_state else (*PRIORS, *(f"weight:{n}" for n in runs.covariates))
-        if ARD: names = (*names, *(f"importance:{n}" for n in runs.domains))
-        T=len(runs.tasks)
-        groups = [[t] for t in range(T)] if PER_TASK else [list(range(T))]
-        shared=None
-        if WARM and PER_TASK:
-            nm=[n for n in names if not n.startswith("importance")] if WARM==1 else names
-            shared = _search(tuple(nm), points, whitened_NT, self.seed, 0)
-        self._groups=[]
-        for g in groups:
-            h=_search(names, points, whitened_NT[:,g], self.seed, self.n_restarts, shared)
-            self._groups.append((g,_Posterior(h,points,whitened_NT[:,g])))
-        self.noise_variance_T=np.concatenate([p.scale_T**2*p.h["noise"] for g,p in self._groups])*self._outcome_scale_T**2
-        w=np.hstack([p.white_NT for g,p in self._groups]); w/=np.sqrt((w**2).sum(0)); self.task_correlation_TT=w.T@w
+        deviation_T = runs.outcome_NT.std(axis=0)
+        self._mean_T = runs.outcome_NT.mean(axis=0)
+        self._scale_T = np.where(
+            deviation_T > RELATIVE_FLOOR * (1 + np.abs(self._mean_T)), deviation_T, 1.0
+        )
+        standard_NT = (runs.outcome_NT - self._mean_T) / self._scale_T
+        self._tasks = runs.tasks
+        self._posteriors = [
+            _Posterior(hyper, points, standard_NT[:, t])
+            for t, hyper in enumerate(
+                self._hyper_parameters(names, points, standard_NT, parameters)
+            )
+        ]
+        noise_T = np.array([posterior.noise_variance for posterior in self._posteriors])
+        self.noise_variance_T = noise_T * self._scale_T**2
+        white_NT = np.column_stack([posterior.white_N for posterior in self._posteriors])
+        size_T = np.maximum(np.sqrt((white_NT**2).sum(axis=0)), np.finfo(float).tiny)
+        self.task_correlation_TT = white_NT.T @ white_NT / np.outer(size_T, size_T)
         return self
 
     def predict(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> np.ndarray:
-        root_MD = np.sqrt(np.clip(np.atleast_2d(mixture_MD), 0, None))
-        z=self._scaler.transform(np.asarray(state_DP, dtype=float))
-        return self._outcome_mean_T + np.hstack([p.predict(z,root_MD) for _,p in self._groups])* self._outcome_scale_T
+        """Return the posterior mean of the outcome of each mixture; shape (M, T)."""
+        scaled_DP, root_MD = self._inputs(state_DP, np.atleast_2d(mixture_MD))
+        mean_MT = np.column_stack([p.predict(scaled_DP, root_MD) for p in self._posteriors])
+        return self._mean_T + mean_MT * self._scale_T
 
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
-        root_MD = np.sqrt(np.clip(np.vstack([reference_D, mixture_MD]), 0, None))
-        z=self._scaler.transform(np.asarray(state_DP, dtype=float))
-        parts=[p.gain(z,root_MD) for _,p in self._groups]
-        return Gain(np.hstack([m for m,_ in parts])*self._outcome_scale_T,np.hstack([m for _,m in parts])*self._outcome_scale_T)
+        """Return differences of posterior means and their joint posterior standard errors."""
+        scaled_DP, root_MD = self._inputs(state_DP, np.vstack([reference_D, mixture_MD]))
+        parts = [p.gain(scaled_DP, root_MD[1:], root_MD[0]) for p in self._posteriors]
+        return Gain(
+            np.column_stack([mean_M for mean_M, _ in parts]) * self._scale_T,
+            np.column_stack([se_M for _, se_M in parts]) * self._scale_T,
+        )
 
     def parameters(self) -> dict:
-        return {"hyper_parameters": [p.h for _,p in self._groups]}
+        """Return the hyper-parameters by task and name, for `fit(runs, parameters=...)`."""
+        hypers = [dict(posterior.hyper) for posterior in self._posteriors]
+        return {"hyper_parameters": dict(zip(self._tasks, hypers, strict=True))}
+
+    def _inputs(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> tuple:
+        scaled_DP = self._scaler.transform(np.asarray(state_DP, dtype=float))
+        return scaled_DP, np.sqrt(np.clip(mixture_MD, 0, None))
+
+    def _hyper_parameters(
+        self,
+        names: tuple[str, ...],
+        points: _Points,
+        standard_NT: np.ndarray,
+        parameters: Mapping | None,
+    ) -> list[dict[str, float]]:
+        if parameters is not None:
+            return [_reuse(names, parameters, task) for task in self._tasks]
+        rng = np.random.default_rng(self.seed)
+        seen = _search_rows(points.state_ids, rng)
+        few = _Points(points.root_ND[seen], points.state_NDP[seen], points.state_ids[seen])
+        starts = _starts(names, rng, self.n_restarts)
+        return [_search(names, few, standard_N, starts) for standard_N in standard_NT[seen].T]
 
 
 class _Posterior:
-    """The process for one setting of the hyper-parameters, conditioned on the runs."""
+    """The process of one task for one setting of the hyper-parameters, conditioned on the runs."""
 
-    def __init__(self, hyper: Mapping[str, float], points: _Points, whitened_NT: np.ndarray):
+    def __init__(self, hyper: Mapping[str, float], points: _Points, standard_N: np.ndarray):
         from scipy.linalg import cho_solve, solve_triangular
 
-        self.h, self.points = hyper, points
+        self.hyper, self.points = hyper, points
         self.sees_state = "share_state" in hyper
-        self.importance_D = _importance(hyper, points.root_ND.shape[1])
+        self.importance_D = _importance(hyper)
         self.center_D = points.root_ND.mean(axis=0)
         self.cholesky_NN = np.linalg.cholesky(_Covariance(hyper, points).matrix())
-        self.alpha_NT = cho_solve((self.cholesky_NN, True), whitened_NT)
-        self.white_NT = solve_triangular(self.cholesky_NN, whitened_NT, lower=True)
-        self.scale_T = np.sqrt(
-            ((self.white_NT**2).sum(axis=0) + SCALE_PRIOR_RUNS)
-            / (len(self.white_NT) + SCALE_PRIOR_RUNS)
-        )
+        self.alpha_N = cho_solve((self.cholesky_NN, True), standard_N)
+        self.white_N = solve_triangular(self.cholesky_NN, standard_N, lower=True)
+        size = float(self.white_N @ self.white_N)
+        # The likelihood's own estimate of the scale that the whole covariance is off by.
+        self.variance_scale = (size + SCALE_PRIOR_RUNS) / (len(standard_N) + SCALE_PRIOR_RUNS)
+        self.noise_variance = self.variance_scale * hyper["noise"]
 
     def predict(self, state_DP: np.ndarray, root_MD: np.ndarray) -> np.ndarray:
-        kernel_MN = self._cross(state_DP, root_MD) + self._state_row(state_DP)
-        return kernel_MN @ self.alpha_NT
+        """Posterior mean of the outcome; shape (M,)."""
+        own = float(np.sum(self._state_row(state_DP) * self.alpha_N))
+        parts = [self._cross(state_DP, part) @ self.alpha_N for part in self._chunks(root_MD)]
+        return np.concatenate(parts) + own
 
-    def gain(self, state_DP: np.ndarray, root_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard error of the gain of rows 1.. over row 0; shapes (M, T)."""
+    def gain(
+        self, state_DP: np.ndarray, root_MD: np.ndarray, root_D: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard error of the gain over the mixture of `root_D`; shapes (M,)."""
         from scipy.linalg import solve_triangular
 
-        kernel_MN = self._cross(state_DP, root_MD)
-        difference_MN = kernel_MN[1:] - kernel_MN[0]
-        solved_NM = solve_triangular(self.cholesky_NN, difference_MN.T, lower=True)
-        prior_M = self._prior_variance_of_difference(state_DP, root_MD[1:], root_MD[0])
-        variance_M = np.clip(prior_M - np.einsum("nm,nm->m", solved_NM, solved_NM), 0, None)
-        return difference_MN @ self.alpha_NT, np.sqrt(variance_M)[:, None] * self.scale_T
+        reference_1N = self._cross(state_DP, root_D[None])
+        means, explained = [], []
+        for part in self._chunks(root_MD):
+            difference_MN = self._cross(state_DP, part) - reference_1N
+            solved_NM = solve_triangular(
+                self.cholesky_NN, difference_MN.T, lower=True, check_finite=False
+            )
+            means.append(difference_MN @ self.alpha_N)
+            explained.append(np.einsum("nm,nm->m", solved_NM, solved_NM))
+        prior_M = self._prior_variance_of_difference(state_DP, root_MD, root_D)
+        variance_M = np.clip(prior_M - np.concatenate(explained), 0, None) * self.variance_scale
+        return np.concatenate(means), np.sqrt(variance_M)
+
+    def _chunks(self, root_MD: np.ndarray) -> list[np.ndarray]:
+        """Mixtures in parts whose covariances fit the processor's cache."""
+        rows = max(CHUNK_VALUES // len(self.alpha_N), 1)
+        return [root_MD[i : i + rows] for i in range(0, max(len(root_MD), 1), rows)]
 
     def _cross(self, state_DP: np.ndarray, root_MD: np.ndarray) -> np.ndarray:
         """Covariance of new mixtures at one state with the runs, but for the state's main effect.
@@ -179,7 +247,7 @@ class _Posterior:
         That the state is constant leaves one exponential per pair and domain: 20,000 candidates
         are scored in a fraction of a second.
         """
-        h, points = self.h, self.points
+        h, points = self.hyper, self.points
         root_ND, n_domains = points.root_ND, points.root_ND.shape[1]
         step_MD = (root_MD - self.center_D) * self.importance_D
         kernel_MN = h["share"] * step_MD @ (root_ND - self.center_D).T
@@ -211,7 +279,7 @@ class _Posterior:
         """Covariance of the state's main effect with each run's; shape (N,)."""
         if not self.sees_state:
             return 0.0
-        h, weight_P = self.h, _weights(self.h)
+        h, weight_P = self.hyper, _weights(self.hyper)
         linear_N = ((self.points.state_NDP * state_DP) @ weight_P).mean(axis=1)
         distance_N = ((self.points.state_NDP - state_DP) ** 2 @ weight_P).mean(axis=1)
         smooth_N = np.exp(-0.5 * distance_N / h["state_length"] ** 2)
@@ -220,7 +288,7 @@ class _Posterior:
     def _prior_variance_of_difference(
         self, state_DP: np.ndarray, root_MD: np.ndarray, root_D: np.ndarray
     ) -> np.ndarray:
-        h = self.h
+        h = self.hyper
         squared_MD = (root_MD - root_D) ** 2
         variance_M = h["share"] * squared_MD @ self.importance_D
         if self.sees_state:
@@ -243,7 +311,7 @@ class _Covariance:
         self.sees_state = "share_state" in hyper
         self.root_ND = points.root_ND
         self.centered_ND = points.root_ND - points.root_ND.mean(axis=0)
-        self.importance_D = _importance(hyper, n_domains)
+        self.importance_D = _importance(hyper)
         self.same_state_NN = np.equal.outer(points.state_ids, points.state_ids).astype(float)
         if self.sees_state:
             self.weight_P = _weights(hyper)
@@ -375,10 +443,9 @@ def _weights(hyper: Mapping[str, float]) -> np.ndarray:
     return np.array([hyper[name] for name in names]) / len(names)
 
 
-def _importance(hyper: Mapping[str, float], n_domains: int) -> np.ndarray:
-    """How much each domain matters to the task, 1 where it isn't fitted; shape (D,)."""
-    names = _named(hyper, "importance:")
-    return np.array([hyper[name] for name in names]) if names else np.ones(n_domains)
+def _importance(hyper: Mapping[str, float]) -> np.ndarray:
+    """How much each domain matters to the task; shape (D,)."""
+    return np.array([hyper[name] for name in _named(hyper, "importance:")])
 
 
 def _squared_distances(features_NC: np.ndarray) -> np.ndarray:
@@ -394,76 +461,91 @@ def _pull(pull_NN: np.ndarray, features_NC: np.ndarray) -> np.ndarray:
     return 2 * (own_C - np.sum(features_NC * (pull_NN @ features_NC), axis=0))
 
 
+def _hyper_names(runs: RunTable, sees_state: bool) -> tuple[str, ...]:
+    importance = [f"importance:{domain}" for domain in runs.domains]
+    if not sees_state:
+        return (*BLIND, *importance)
+    return (*PRIORS, *importance, *(f"weight:{name}" for name in runs.covariates))
+
+
 def _prior(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Prior means and standard deviations of the logs; shape (H,) each."""
-    pairs = [PRIORS.get(name, (1.0, WEIGHT_DEVIATION if name[0]=="w" else IMP)) for name in names]
+    pairs = [PRIORS.get(name, (1.0, WEIGHT_DEVIATION)) for name in names]
     return np.log([median for median, _ in pairs]), np.array([sd for _, sd in pairs])
 
 
 def negative_log_posterior(
-    log_hyper_H: np.ndarray, names: tuple[str, ...], points: _Points, whitened_NT: np.ndarray
+    log_hyper_H: np.ndarray, names: tuple[str, ...], points: _Points, standard_N: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Return minus the log of marginal likelihood times prior, and its gradient.
+    """Return minus the log of marginal likelihood times prior (no constant), and its gradient.
 
     Args:
         log_hyper_H: logs of the hyper-parameters; shape (H,).
         names: their names, in that order.
         points: the runs' mixtures, covariates and states.
-        whitened_NT: outcomes with mean 0 and variance 1 per task; shape (N, T).
+        standard_N: one task's outcomes with mean 0 and variance 1; shape (N,).
     """
     from scipy.linalg import cho_solve
     from scipy.linalg.lapack import dpotri
 
     covariance = _Covariance(dict(zip(names, np.exp(log_hyper_H), strict=True)), points)
     cholesky_NN = np.linalg.cholesky(covariance.matrix())
-    alpha_NT = cho_solve((cholesky_NN, True), whitened_NT)
-    n_tasks = whitened_NT.shape[1]
-    value = 0.5 * float(np.sum(whitened_NT * alpha_NT))
-    value += n_tasks * float(np.log(np.diag(cholesky_NN)).sum())
+    alpha_N = cho_solve((cholesky_NN, True), standard_N)
+    value = 0.5 * float(standard_N @ alpha_N) + float(np.log(np.diag(cholesky_NN)).sum())
     lower_NN = np.tril(dpotri(cholesky_NN, lower=1)[0])
     inverse_NN = lower_NN + np.tril(lower_NN, -1).T
-    slope_NN = 0.5 * (n_tasks * inverse_NN - alpha_NT @ alpha_NT.T)
-    gradient = covariance.gradient(slope_NN)
+    gradient = covariance.gradient(0.5 * (inverse_NN - np.outer(alpha_N, alpha_N)))
     mean_H, deviation_H = _prior(names)
     z_H = (log_hyper_H - mean_H) / deviation_H
     gradient_H = np.array([gradient[name] for name in names]) + z_H / deviation_H
     return value + 0.5 * float(z_H @ z_H), gradient_H
 
 
+def _search_rows(state_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows of whole states, at most `SEARCH_RUNS`; of a single state, any of its rows."""
+    order_N = rng.permutation(len(state_ids))
+    states = np.unique(state_ids)
+    if len(states) > 1:
+        rank_S = rng.permutation(len(states))
+        order_N = np.argsort(rank_S[np.searchsorted(states, state_ids)], kind="stable")
+    return np.sort(order_N[:SEARCH_RUNS])
+
+
+def _starts(names: tuple[str, ...], rng: np.random.Generator, n_restarts: int) -> list[np.ndarray]:
+    mean_H, deviation_H = _prior(names)
+    drawn = [mean_H + 0.7 * deviation_H * rng.normal(size=len(names)) for _ in range(n_restarts)]
+    return [mean_H, *drawn]
+
+
 def _search(
-    names: tuple[str, ...], points: _Points, whitened_NT: np.ndarray, seed: int, n_restarts: int, warm=None
+    names: tuple[str, ...], points: _Points, standard_N: np.ndarray, starts: list[np.ndarray]
 ) -> dict[str, float]:
     from scipy.optimize import minimize
 
     mean_H, deviation_H = _prior(names)
-    rng = np.random.default_rng(seed)
-    starts = [mean_H]
-    if warm is not None: starts=[np.array([np.log(warm[n]) if n in warm else 0.0 for n in names])]
-    starts += [mean_H + deviation_H * rng.normal(0, 0.7, len(names)) for _ in range(n_restarts)]
-    reach_H = SEARCH_WIDTH * deviation_H
-    bounds = list(zip(mean_H - reach_H, mean_H + reach_H, strict=True))
+    low_H, high_H = mean_H - SEARCH_WIDTH * deviation_H, mean_H + SEARCH_WIDTH * deviation_H
     found = [
         minimize(
             negative_log_posterior,
-            np.clip(start, mean_H - reach_H, mean_H + reach_H),
-            args=(names, points, whitened_NT),
+            np.clip(start_H, low_H, high_H),
+            args=(names, points, standard_N),
             jac=True,
             method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": 80, "ftol": 1e-6},
+            bounds=list(zip(low_H, high_H, strict=True)),
+            options={"maxiter": 60, "ftol": 1e-5},
         )
-        for start in starts
+        for start_H in starts
     ]
     best = min(found, key=lambda result: result.fun)
     return dict(zip(names, np.exp(best.x).tolist(), strict=True))
 
 
-def _reuse(names: tuple[str, ...], parameters: Mapping) -> dict[str, float]:
-    given = dict(parameters.get("hyper_parameters", {}))
+def _reuse(names: tuple[str, ...], parameters: Mapping, task: str) -> dict[str, float]:
+    given = dict(parameters.get("hyper_parameters", {}).get(task, {}))
     if set(given) != set(names):
         odd = ", ".join(sorted(set(given) ^ set(names)))
         raise EstimationError(
-            "parameters must name the same hyper-parameters as a fit on these runs, but differ in "
-            f"{odd}: they were made for other covariates; fit without them."
+            f"parameters of task {task} must name the hyper-parameters of a fit on these runs, but "
+            f"differ in {odd}: they were made for other names; fit without them."
         )
     return {name: float(given[name]) for name in names}

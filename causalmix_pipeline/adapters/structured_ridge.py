@@ -73,8 +73,10 @@ class StructuredRidge:
         both = self._features_at(state_DP, np.vstack([reference_D, mixture_MD]))
         difference_MF = both[1:] - both[0]
         se_MT = np.column_stack(
-            [np.sqrt(np.einsum("mf,fg,mg->m", difference_MF, covariance_FF, difference_MF))
-             for covariance_FF in self._covariance_TFF]
+            [
+                np.sqrt(np.einsum("mf,fg,mg->m", difference_MF, covariance_FF, difference_MF))
+                for covariance_FF in self._covariance_TFF
+            ]
         )
         return Gain(difference_MF @ self._coefficient_FT, se_MT)
 
@@ -101,7 +103,9 @@ class StructuredRidge:
         """Prior standard deviation of each coefficient, for each pair of group weights."""
         n_meetings = n_domains * n_covariates
         return [
-            np.sqrt(np.repeat([1.0, a / n_covariates, b / n_meetings], [n_domains, *[n_meetings] * 2]))
+            np.sqrt(
+                np.repeat([1.0, a / n_covariates, b / n_meetings], [n_domains, *[n_meetings] * 2])
+            )
             for a, b in itertools.product(GROUP_WEIGHTS, GROUP_WEIGHTS)
         ]
 
@@ -145,7 +149,10 @@ def left_out_residuals(
 
 
 def _choose(
-    settings: list[np.ndarray], features_NF: np.ndarray, outcome_NT: np.ndarray, state_ids: np.ndarray
+    settings: list[np.ndarray],
+    features_NF: np.ndarray,
+    outcome_NT: np.ndarray,
+    state_ids: np.ndarray,
 ) -> list[tuple[int, float]]:
     blocks = _blocks(state_ids)
     best_T = np.full(outcome_NT.shape[1], np.inf)

@@ -103,7 +103,7 @@ def cate_checks(
 
 
 def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.AssetCheckResult]:
-    """Turn what was found into the three checks; each only warns, since a person may know better."""
+    """Turn what was found into the three checks; each only warns: a person may know better."""
     wanted = [task for task, weight in weights.items() if weight > 0]
     drowned = [
         row["task"]
@@ -116,7 +116,10 @@ def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.Asset
         if row["task"] in wanted and not row["real"] > row["mixtures_permuted"]
     ]
     passed = {
-        "above_the_noise_floor": (not drowned, {"tasks in the noise": ", ".join(drowned) or "none"}),
+        "above_the_noise_floor": (
+            not drowned,
+            {"tasks in the noise": ", ".join(drowned) or "none"},
+        ),
         "randomised": (
             value["treatment_r2"] <= OBSERVATIONAL_R2,
             {"R2": value["treatment_r2"], "limit": OBSERVATIONAL_R2},

@@ -1,4 +1,4 @@
-"""Small tables and pictures for metadata, which Dagster's UI shows inline below 1,000 characters."""
+"""Small tables and bars for metadata, which the UI shows inline below 1,000 characters."""
 
 from collections.abc import Mapping, Sequence
 

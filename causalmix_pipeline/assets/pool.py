@@ -1,6 +1,7 @@
 """The two pools, and what is known of their documents."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -32,7 +33,7 @@ SCORE_COLUMNS = ["document_id", "n_bytes", "n_tokens"] + [
 ]
 
 
-#: External assets: files that people and other programs write. Observations tell their content.
+#: External: files that people write; it changes when its content is adopted by an observation.
 experiment_pool = dg.AssetSpec(
     EXPERIMENT_POOL,
     group_name="experiment",
@@ -41,14 +42,28 @@ experiment_pool = dg.AssetSpec(
     "It changes only when a person adopts its content (job `adopt_experiment_pool`): every proxy "
     "run is then trained anew.",
 )
-live_pool = dg.AssetSpec(
-    LIVE_POOL,
-    group_name="live",
-    kinds={"jsonl"},
-    description="The pool to recommend a mixture for: a folder of JSONL and Parquet files that "
-    "changes at any time. A sensor observes it. A change reaches the live side only, and trains "
-    "no proxy.",
-)
+
+with warnings.catch_warnings():
+    # Beta in 1.13. Conditions see observations of observable assets only, not of plain specs.
+    warnings.simplefilter("ignore", dg.BetaWarning)
+
+    @dg.multi_observable_source_asset(
+        name="observe_live_pool",
+        specs=[
+            dg.AssetSpec(
+                LIVE_POOL,
+                group_name="live",
+                kinds={"jsonl"},
+                description="The pool to recommend a mixture for: a folder of JSONL and Parquet "
+                "files that changes at any time. A sensor observes it. A change reaches the live "
+                "side only, and trains no proxy.",
+            )
+        ],
+    )
+    def live_pool(project: dg.ResourceParam[Project]) -> Iterator[dg.ObserveResult]:
+        """The content of the live pool."""
+        version = dg.DataVersion(pool_fingerprint(project.settings.live_path))
+        yield dg.ObserveResult(asset_key=LIVE_POOL, data_version=version)
 
 
 def read_documents(

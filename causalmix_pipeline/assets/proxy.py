@@ -111,7 +111,7 @@ def train_proxy_runs(
     mixture_design: pl.DataFrame,
     pending: list,
 ) -> dict:
-    """Train the pending proxy runs; each is kept as it ends, so a killed study goes on from there."""
+    """Train the pending proxy runs; each is kept as it ends, so a killed study goes on."""
     wanted = set(pending)
     specs = [spec for spec in specs_of(project, mixture_design) if spec.key in wanted]
     progress = Progress(len(wanted), "proxy runs trained", context.log.info)

@@ -10,7 +10,7 @@ import polars as pl
 
 from causalmix_pipeline.adapters.estimators import fit_chosen, make_estimator
 from causalmix_pipeline.assets.pictures import markdown_table, share_bars
-from causalmix_pipeline.core.belief import UNSUPPORTED_FACTOR, Overlap, overlap
+from causalmix_pipeline.core.belief import Overlap, overlap
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.policy import Constraints, Recommendation, recommend, weighted_gain
@@ -56,7 +56,31 @@ def weights_of(settings: Settings, runs: RunTable) -> np.ndarray:
     return weights_T / weights_T.sum()
 
 
-@dg.asset(dagster_type=FRAME, group_name="recommendation", kinds={"lightgbm"}, code_version="1")
+def simplex_check(name: str, mixtures: Sequence[np.ndarray]) -> dg.AssetCheckResult:
+    """Shares >= 0 that sum to 1."""
+    worst = max(abs(float(mixture_D.sum()) - 1) for mixture_D in mixtures)
+    least = min(float(mixture_D.min()) for mixture_D in mixtures)
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=worst < 1e-6 and least >= 0,
+        metadata={"largest deviation of the sum": worst, "least share": least},
+    )
+
+
+@dg.asset(
+    dagster_type=FRAME,
+    group_name="recommendation",
+    kinds={"lightgbm"},
+    code_version="1",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "baselines_sum_to_one",
+            asset="baseline_mixtures",
+            blocking=True,
+            description="Every baseline has shares >= 0 that sum to 1.",
+        )
+    ],
+)
 def baseline_mixtures(
     project: dg.ResourceParam[Project], live_covariates: pl.DataFrame, run_table: pl.DataFrame
 ) -> dg.MaterializeResult:
@@ -83,5 +107,298 @@ def baseline_mixtures(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={"shares": markdown_table(frame.to_dicts())},
-        check_results=[on_simplex("baselines_sum_to_one", frame)],
+        check_results=[
+            simplex_check("baselines_sum_to_one", [frame[name].to_numpy() for name in mixtures])
+        ],
     )
+
+
+def known(value: float) -> float | None:
+    """The number, or None where it isn't known."""
+    return float(value) if math.isfinite(value) else None
+
+
+def interval(gain: float, se: float) -> dict[str, float | None]:
+    """A gain with its 90% interval; unknown ends are None."""
+    return {"gain": known(gain), "low": known(gain - Z90 * se), "high": known(gain + Z90 * se)}
+
+
+def constraints_of(
+    settings: Settings, live_covariates: pl.DataFrame, reference_D: np.ndarray, verdict: str
+) -> Constraints:
+    """What the mixture must keep to; nearly out of reach of the runs, half the trust radius."""
+    policy, n_domains = settings.policy, len(reference_D)
+    available_D = live_covariates["tokens"].to_numpy().astype(float)
+    constraints = Constraints(
+        reference_D,
+        np.full(n_domains, policy.least_share),
+        np.full(n_domains, policy.most_share),
+        trust_radius=policy.trust_radius,
+        budget_tokens=float(policy.budget_tokens or available_D.sum()),
+        available_D=available_D,
+        max_epochs=policy.max_epochs,
+    )
+    if verdict == "extrapolating" and policy.trust_radius is not None:
+        return replace(constraints, trust_radius=policy.trust_radius * EXTRAPOLATING_RADIUS)
+    return constraints
+
+
+def keep_reference(
+    estimator: EffectEstimator,
+    state_DP: np.ndarray,
+    constraints: Constraints,
+    domains: Sequence[str],
+) -> Recommendation:
+    """The reference mixture as recommendation: no gain is promised where no run has been."""
+    n_tasks = estimator.predict(state_DP, constraints.reference_D[None]).shape[1]
+    return Recommendation(
+        mixture_D=constraints.reference_D,
+        gain=0.0,
+        gain_se=math.nan,
+        gain_T=np.zeros(n_tasks),
+        gain_se_T=np.full(n_tasks, math.nan),
+        slack=constraints.slack(constraints.reference_D, domains),
+        unconstrained_D=constraints.reference_D,
+        unconstrained_gain=0.0,
+    )
+
+
+def describe_gains(
+    estimator: EffectEstimator,
+    state_DP: np.ndarray,
+    mixtures: dict[str, np.ndarray],
+    reference_D: np.ndarray,
+    weights_T: np.ndarray,
+    *,
+    promised: bool,
+) -> list[dict]:
+    """Weighted gain of each mixture over the reference, in bits per byte, with its interval."""
+    mixture_MD = np.stack(list(mixtures.values()))
+    gain_M, se_M = weighted_gain(estimator, state_DP, mixture_MD, reference_D, weights_T)
+    if not promised:
+        gain_M = se_M = np.full(len(mixtures), math.nan)
+    return [
+        {"mixture": name, **interval(gain, se)}
+        for name, gain, se in zip(mixtures, gain_M, se_M, strict=True)
+    ]
+
+
+def describe_tasks(
+    runs: RunTable, choice: Recommendation, weights_T: np.ndarray, predicted_T: np.ndarray
+) -> list[dict]:
+    """Gain of each task with its interval, and the loss predicted for the reference mixture."""
+    return [
+        {
+            "task": task,
+            "weight": float(weights_T[t]),
+            **interval(choice.gain_T[t], choice.gain_se_T[t]),
+            "reference_bits_per_byte": known(-predicted_T[t]),
+        }
+        for t, task in enumerate(runs.tasks)
+    ]
+
+
+def top_up_plan(reach: Overlap, domains: Sequence[str], seed: int) -> list[dict]:
+    """Proxy runs of the live pool's own state that would settle what can't be told now."""
+    if reach.verdict == "supported":
+        return []
+    mixture_MD = dirichlet_design(
+        TOP_UP_RUNS, len(domains), strength_range=(0.4, 3.0), seed=seed + 1
+    )
+    return [
+        {f"share__{domain}": float(share) for domain, share in zip(domains, row, strict=True)}
+        for row in mixture_MD
+    ]
+
+
+def choose_mixture(
+    settings: Settings,
+    runs: RunTable,
+    chosen: dict[str, str],
+    live_covariates: pl.DataFrame,
+    baselines: pl.DataFrame,
+) -> dict:
+    """The recommendation with all that explains it, as plain values."""
+    domains, weights_T = runs.domains, weights_of(settings, runs)
+    estimator = fit_chosen(runs, chosen, settings.seed)
+    state_DP = live_covariates.select(runs.covariates).to_numpy()
+    reach = overlap(state_DP, runs.distinct_states()[1], domains, runs.covariates)
+    reference_D = baselines["reference"].to_numpy()
+    constraints = constraints_of(settings, live_covariates, reference_D, reach.verdict)
+    if reach.verdict == "unsupported":
+        choice = keep_reference(estimator, state_DP, constraints, domains)
+    else:
+        choice = recommend(
+            settings.policy.name,
+            estimator,
+            state_DP,
+            weights_T,
+            constraints,
+            domains=domains,
+            confidence_z=settings.policy.confidence_z,
+            seed=settings.seed,
+        )
+    mixtures = {"recommended": choice.mixture_D} | {
+        name: baselines[name].to_numpy() for name in baselines.columns if name != "domain"
+    }
+    return {
+        "domains": list(domains),
+        "mixtures": {name: mixture_D.tolist() for name, mixture_D in mixtures.items()},
+        "reference_name": settings.policy.reference,
+        "policy": settings.policy.name,
+        "verdict": reach.verdict,
+        "overlap_score": known(reach.score),
+        "domain_scores": reach.domain_score_D.tolist(),
+        "drift": reach.drift.to_dicts(),
+        **interval(choice.gain, choice.gain_se),
+        "gains": describe_gains(
+            estimator,
+            state_DP,
+            mixtures,
+            reference_D,
+            weights_T,
+            promised=reach.verdict != "unsupported",
+        ),
+        "task_gains": describe_tasks(
+            runs, choice, weights_T, estimator.predict(state_DP, reference_D[None])[0]
+        ),
+        "slack": choice.slack.to_dicts(),
+        "unconstrained": choice.unconstrained_D.tolist(),
+        "unconstrained_gain": choice.unconstrained_gain,
+        "budget_tokens": constraints.budget_tokens,
+        "top_up": top_up_plan(reach, domains, settings.seed),
+    }
+
+
+def mixture_rows(value: dict) -> list[dict]:
+    """A row per domain, a column per mixture, for a table."""
+    return [
+        {"domain": domain} | {name: shares[d] for name, shares in value["mixtures"].items()}
+        for d, domain in enumerate(value["domains"])
+    ]
+
+
+@dg.asset(
+    dagster_type=VALUES,
+    group_name="recommendation",
+    kinds={"python"},
+    code_version="1",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "mixture_sums_to_one",
+            asset="recommended_mixture",
+            blocking=True,
+            description="Shares >= 0 that sum to 1.",
+        ),
+        dg.AssetCheckSpec(
+            "within_reach",
+            asset="recommended_mixture",
+            description="The live pool is near enough to the pool states of the proxy runs. Where "
+            "it isn't, the reference mixture is kept.",
+        ),
+    ],
+)
+def recommended_mixture(
+    project: dg.ResourceParam[Project],
+    live_covariates: pl.DataFrame,
+    baseline_mixtures: pl.DataFrame,
+    run_table: pl.DataFrame,
+    cate_model: dict,
+) -> dg.MaterializeResult:
+    """The mixture to train the live pool on, what it's expected to gain, and how sure that is.
+
+    Gains are in bits per byte over the reference mixture, with 90% intervals. No proxy is trained
+    for it. Stale when the live covariates, the effect model, task weights or the policy change.
+    """
+    value = choose_mixture(
+        project.settings,
+        RunTable.from_frame(run_table),
+        cate_model["chosen"],
+        live_covariates,
+        baseline_mixtures,
+    )
+    best = value["mixtures"]["recommended"]
+    reached = value["verdict"] != "unsupported"
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(value)),
+        metadata={
+            "gain": dg.MetadataValue.float(value["gain"]),
+            "verdict": value["verdict"],
+            "overlap score (supported up to 1)": dg.MetadataValue.float(value["overlap_score"]),
+            **{f"share of {d}": s for d, s in zip(value["domains"], best, strict=True)},
+            "recommended": share_bars(dict(zip(value["domains"], best, strict=True))),
+            "beside the baselines": markdown_table(mixture_rows(value)),
+            "gains over the reference": markdown_table(value["gains"]),
+        },
+        check_results=[
+            simplex_check("mixture_sums_to_one", [np.array(best)]),
+            dg.AssetCheckResult(
+                check_name="within_reach",
+                passed=reached,
+                severity=dg.AssetCheckSeverity.WARN,
+                metadata={"verdict": value["verdict"], "score": value["overlap_score"] or 0.0},
+            ),
+        ],
+    )
+
+
+@dg.asset(dagster_type=FRAME, group_name="recommendation", kinds={"parquet"}, code_version="1")
+def training_export(
+    project: dg.ResourceParam[Project], recommended_mixture: dict, live_documents: pl.DataFrame
+) -> dg.MaterializeResult:
+    """One row per document to train on, and how often: the recommended mixture made exact.
+
+    Also written as `mixture.json` and `manifest.parquet` into `data/export`. Stale when the
+    recommended mixture or the live documents change.
+    """
+    settings, budget = project.settings, recommended_mixture["budget_tokens"]
+    shares = dict(
+        zip(
+            recommended_mixture["domains"],
+            recommended_mixture["mixtures"]["recommended"],
+            strict=True,
+        )
+    )
+    manifest = build_manifest(live_documents, shares, budget_tokens=budget, seed=settings.seed)
+    per_domain = export_rows(manifest, live_documents, shares)
+    paths = FolderExporter(project.folder("export")).export(
+        {
+            "unit": "share of training tokens",
+            "mixture": shares,
+            "budget_tokens": budget,
+            "domains": per_domain,
+            "seed": settings.seed,
+            "live_documents": content_digest(live_documents),
+            "recommended_mixture": content_digest(recommended_mixture),
+        },
+        manifest,
+    )
+    return dg.MaterializeResult(
+        value=manifest,
+        data_version=dg.DataVersion(content_digest(manifest)),
+        metadata={
+            "documents": float(manifest.height),
+            "tokens": float((manifest["n_tokens"] * manifest["times"]).sum()),
+            "domains": markdown_table(per_domain),
+            **{name: dg.MetadataValue.path(path) for name, path in paths.items()},
+        },
+    )
+
+
+def export_rows(
+    manifest: pl.DataFrame, documents: pl.DataFrame, shares: dict[str, float]
+) -> list[dict]:
+    """Share, tokens and epochs of each domain, as exported."""
+    tokens = pl.col("n_tokens") * pl.col("times")
+    read = dict(manifest.group_by("domain").agg(tokens.sum()).iter_rows())
+    held = dict(documents.group_by("domain").agg(pl.col("n_tokens").sum()).iter_rows())
+    return [
+        {
+            "domain": domain,
+            "share": share,
+            "tokens": int(read.get(domain, 0)),
+            "epochs": round(read.get(domain, 0) / held[domain], 3),
+        }
+        for domain, share in shares.items()
+    ]

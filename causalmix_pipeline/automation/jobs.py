@@ -3,12 +3,12 @@
 import dagster as dg
 
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
+from causalmix_pipeline.automation.staleness import stale_assets
 from causalmix_pipeline.resources.observation import (
     EXPERIMENT_POOL,
     LIVE_POOL,
     observe_pool,
 )
-from causalmix_pipeline.automation.staleness import stale_assets
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 

@@ -40,7 +40,7 @@ def look_at_pool(
     if stat == seen.get("done"):
         return dg.SensorResult(skip_reason="The live pool's files are as before.", cursor=cursor)
     if stat != seen.get("stat"):
-        seen = {"done": seen.get("done"), "stat": stat, "since": round(now)}
+        seen = {"done": seen.get("done"), "stat": stat, "since": int(now)}
     # A copied file keeps an old time and a clock may run ahead: both the files and the looks count.
     wait = quiet - min(now - min(newest, now), now - seen["since"])
     if wait > 0:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
 from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
+from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
 
 CODE_VERSION_TAG = "dagster/code_version"
 INPUT_VERSION_TAG = "dagster/input_data_version/"

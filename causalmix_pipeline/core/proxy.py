@@ -148,7 +148,7 @@ class ProxyConfig:
         Returns:
             The rate, in units of AdamW's; the last warm-up step and the one after have the peak.
         """
-        warmup = int(round(self.warmup_share * self.steps))
+        warmup = round(self.warmup_share * self.steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - 1 - warmup)

@@ -44,6 +44,7 @@ class ProxySpec:
         """The spec as plain values; shares rounded to 1e-12."""
         values = asdict(self)
         values["mixture"] = [round(float(share), 12) for share in self.mixture]
+        values["config"] = self.config.to_dict()
         values["code_version"] = CODE_VERSION
         return values
 

@@ -127,7 +127,7 @@ def _feed_series(digest: Any, series: pl.Series) -> None:
     elif series.dtype == pl.Boolean or series.dtype.is_numeric():
         filled = series.fill_null(False if series.dtype == pl.Boolean else 0)
         digest.update(np.ascontiguousarray(filled.to_numpy()).tobytes())
-    else:
+    elif series.dtype != pl.Null:  # a column of nulls is all in its mask
         raise TypeError(
             f"column {series.name} must hold numbers, text, booleans or lists of them, got "
             f"{series.dtype}: cast it before it is stored"

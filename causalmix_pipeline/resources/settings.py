@@ -429,7 +429,8 @@ class Settings(Section):
         unknown = [name for name in self.covariates if name not in COVARIATES]
         if unknown:
             raise ValueError(
-                f"covariates must be known names, got {unknown[0]!r}; known: {', '.join(COVARIATES)}"
+                f"covariates must be known names, got {unknown[0]!r}; "
+                f"known: {', '.join(COVARIATES)}"
             )
         if self.domains is not None and len(set(self.domains)) < max(2, len(self.domains)):
             raise ValueError(

@@ -55,7 +55,8 @@ def load_settings(path: Path | str | None = None, *, missing_ok: bool = False) -
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"{path} must hold `field: value` lines, got {type(raw).__name__}: see `causalmix init`."
+            f"{path} must hold `field: value` lines, got {type(raw).__name__}: "
+            "see `causalmix init`."
         )
     try:
         return _rooted(Settings.model_validate(raw), path)

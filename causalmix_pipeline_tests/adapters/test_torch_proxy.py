@@ -11,11 +11,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from causalmix_pipeline.adapters.torch_proxy import (
-    StackedQwen2,
-    train_stack,
-    transformers_config,
-)
+from causalmix_pipeline.adapters import stacked_qwen2
+from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2, transformers_config
+from causalmix_pipeline.adapters.torch_proxy import _AdamW, models_that_fit, train_stack
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy import ProxyConfig
 
@@ -82,16 +80,13 @@ def train_plainly(model: Qwen2ForCausalLM, config: ProxyConfig, batches: np.ndar
 
 
 def losses_by_step(config: ProxyConfig, batches: np.ndarray) -> tuple[np.ndarray, StackedQwen2]:
-    """Loss of each step of each model, (steps, K), in runs of at most 20 steps' resolution."""
-    from causalmix_pipeline.adapters import torch_proxy
-
+    """Loss of each step of each model, (steps, K), and the trained stack."""
     stack = StackedQwen2(config, batches.shape[1])
-    optimiser = torch_proxy._AdamW(stack)
+    optimiser = _AdamW(stack)
     losses = []
-    with torch.no_grad():
-        for step in range(config.steps):
-            losses.append(stack.loss_and_gradients(batches[step]).numpy().copy())
-            optimiser.step(config.learning_rate_at(step))
+    for step in range(config.steps):
+        losses.append(stack.loss_and_gradients(batches[step]).numpy().copy())
+        optimiser.step(config.learning_rate_at(step))
     return np.stack(losses), stack
 
 
@@ -124,13 +119,12 @@ def test_losses_equal_those_of_the_transformers_model(config):
 def test_gradients_equal_those_of_autograd():
     batches = draw_batches(DEEP, 1)
     stack = StackedQwen2(DEEP, 1)
-    with torch.no_grad():
-        # Norms and biases off their first values, so that a forgotten factor would show.
-        rng = torch.Generator().manual_seed(1)
-        vectors = stack.flat_weights["vectors"]
-        vectors += 0.3 * torch.randn(vectors.shape, generator=rng)
-        model = transformers_model(DEEP, stack)
-        stack.loss_and_gradients(batches[0])
+    # Norms and biases off their first values, so that a forgotten factor would show.
+    rng = torch.Generator().manual_seed(1)
+    vectors = stack.flat_weights["vectors"]
+    vectors += 0.3 * torch.randn(vectors.shape, generator=rng)
+    model = transformers_model(DEEP, stack)
+    stack.loss_and_gradients(batches[0])
     tokens = torch.as_tensor(batches[0, 0])
 
     logits = model(input_ids=tokens[:, :-1]).logits
@@ -274,8 +268,6 @@ def test_a_model_that_ends_worse_than_guessing_is_flagged_and_keeps_its_numbers(
 
 
 def test_each_models_gradient_is_clipped_by_its_own_norm():
-    from causalmix_pipeline.adapters.torch_proxy import _AdamW
-
     stack = StackedQwen2(TINY, 2)
     for gradient in stack.flat_gradients.values():
         gradient[0], gradient[1] = 5.0, 1e-4
@@ -294,20 +286,17 @@ def test_evaluation_sums_over_all_windows_whatever_the_batch():
     windows = batches[:5, 0].reshape(-1, TINY.sequence_length + 1)[:7]
     stack = StackedQwen2(TINY, 2)
 
-    with torch.no_grad():
-        whole = stack.summed_nats(windows)
-        parts = sum(stack.summed_nats(window[None]) for window in windows)
+    whole = stack.summed_nats(windows)
+    parts = sum(stack.summed_nats(window[None]) for window in windows)
 
     np.testing.assert_allclose(whole, parts, rtol=1e-6)
     assert whole[0] == whole[1]
 
 
 def test_a_loss_is_the_same_in_one_chunk_and_in_many(monkeypatch):
-    from causalmix_pipeline.adapters import torch_proxy
-
     batches = draw_batches(TINY, 2)
     whole = train(TINY, batches)
-    monkeypatch.setattr(torch_proxy, "CPU_CHUNK_LOGITS", 5 * TINY.vocab_size)
+    monkeypatch.setattr(stacked_qwen2, "CPU_CHUNK_LOGITS", 5 * TINY.vocab_size)
 
     chunked = train(TINY, batches)
 
@@ -333,7 +322,6 @@ def test_training_leaves_the_number_of_threads_as_it_was():
         train(ProxyConfig(**{**TINY.to_dict(), "steps": 1}), draw_batches(TINY, 1))
 
         assert torch.get_num_threads() == 2
-        assert torch.is_grad_enabled()
     finally:
         torch.set_num_threads(before)
 
@@ -388,6 +376,34 @@ def test_bf16_products_stay_close_to_fp32():
 
     assert not same_bits(exact.train_loss_KS, rounded.train_loss_KS)
     np.testing.assert_allclose(rounded.train_loss_KS, exact.train_loss_KS, atol=0.05)
+
+
+def test_memory_grows_by_the_same_for_each_model_and_a_stack_that_fits_stays_within():
+    n_bytes = 20_000_000
+
+    n_models = models_that_fit(DEEP, n_bytes)
+
+    stack = StackedQwen2(DEEP, n_models)
+    stack.loss_and_gradients(draw_batches(DEEP, n_models)[0])
+    assert n_models > 2
+    assert 0.7 * n_bytes < stack.bytes_held <= 0.9 * n_bytes
+
+
+def test_buffers_do_not_grow_with_the_steps():
+    batches = draw_batches(TINY, 2)
+    stack = StackedQwen2(TINY, 2)
+    stack.loss_and_gradients(batches[0])
+    stack.summed_nats(batches[0, 0])
+    before = stack.bytes_held
+
+    train(TINY, batches, model=stack)
+
+    assert stack.bytes_held == before
+
+
+def test_memory_too_small_for_one_model_is_refused():
+    with pytest.raises(ProxyError, match=r"n_bytes must hold one model .* got 1000\."):
+        models_that_fit(TINY, 1000)
 
 
 @pytest.mark.gpu

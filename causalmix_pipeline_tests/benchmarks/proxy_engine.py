@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from causalmix_pipeline.adapters.torch_proxy import StackedQwen2, train_stack, transformers_config
+from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2, transformers_config
+from causalmix_pipeline.adapters.torch_proxy import train_stack
 from causalmix_pipeline.core.proxy import ProxyConfig
 
 

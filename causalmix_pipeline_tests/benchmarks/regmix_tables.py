@@ -18,7 +18,7 @@ from causalmix_pipeline.adapters.estimators import make_estimator
 from causalmix_pipeline.core.effects import spearman
 from causalmix_pipeline.core.runs import RunTable
 
-ESTIMATORS = ("response_surface_blind",)
+ESTIMATORS = ("response_surface_blind", "regmix")
 
 
 def read_runs(folder: Path, part: str) -> RunTable:
@@ -34,7 +34,9 @@ def read_runs(folder: Path, part: str) -> RunTable:
     return RunTable(
         domains=tuple(name.removeprefix("train_the_pile_") for name in domains),
         covariates=(),
-        tasks=tuple(name.removeprefix("metric/the_pile_").removesuffix("_val_loss") for name in tasks),
+        tasks=tuple(
+            name.removeprefix("metric/the_pile_").removesuffix("_val_loss") for name in tasks
+        ),
         run_ids=tuple(f"{part}_{i:04d}" for i in joined["index"]),
         state_ids=np.zeros(joined.height, dtype=int),
         state_NDP=np.empty((joined.height, len(domains), 0)),

@@ -252,7 +252,9 @@ def realised(
         weights = weights_of(objective, bench.tasks)
         losses.append(
             (
-                sum(w * record.nats_per_token[t] for w, t in zip(weights, bench.tasks, strict=True)),
+                sum(
+                    w * record.nats_per_token[t] for w, t in zip(weights, bench.tasks, strict=True)
+                ),
                 sum(w * record.bits_per_byte[t] for w, t in zip(weights, bench.tasks, strict=True)),
             )
         )
@@ -303,7 +305,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=240)
     parser.add_argument("--new-states", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--large", type=int, default=0, help="new states trained at the larger size")
+    parser.add_argument(
+        "--large", type=int, default=0, help="new states trained at the larger size"
+    )
     parser.add_argument("--large-seeds", type=int, default=1)
     parser.add_argument("--large-config", default="{}", help="fields of the larger proxy, as JSON")
     parser.add_argument("--steps", type=int, default=1000)

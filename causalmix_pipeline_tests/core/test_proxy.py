@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_last_share():
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.2)
-    assert all(later < rate for rate, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < rate for rate, later in pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize("steps", [1, 2])

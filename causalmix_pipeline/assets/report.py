@@ -1,0 +1,140 @@
+"""The report that people read: one HTML file."""
+
+from collections.abc import Mapping
+
+import dagster as dg
+import polars as pl
+
+from causalmix_pipeline.adapters.report_html import ReportData, write_report
+from causalmix_pipeline.core.belief import UNSUPPORTED_FACTOR
+from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.resources.frame_store import VALUES, content_digest
+from causalmix_pipeline.resources.project import Project
+
+
+def covariate_rows(live_covariates: pl.DataFrame, runs: RunTable) -> pl.DataFrame:
+    """Each covariate of each domain: its live value, and its value in every state of the runs."""
+    _, state_SDP = runs.distinct_states()
+    rows = [
+        {
+            "domain": domain,
+            "covariate": name,
+            "live": float(live_covariates[name][d]),
+            "states": state_SDP[:, d, p].tolist(),
+        }
+        for d, domain in enumerate(runs.domains)
+        for p, name in enumerate(runs.covariates)
+    ]
+    return pl.DataFrame(rows)
+
+
+def prediction_rows(runs: RunTable, cate_model: Mapping) -> pl.DataFrame:
+    """Outcome of each proxy run beside its out-of-fold prediction, a row per run and task."""
+    parts = [
+        pl.DataFrame(
+            {
+                "observed": runs.outcome_NT[:, t],
+                "predicted": cate_model["out_of_fold"][task],
+            }
+        ).select(pl.lit(task).alias("task"), pl.all())
+        for t, task in enumerate(runs.tasks)
+    ]
+    return pl.concat(parts)
+
+
+def signal_rows(
+    cate_checks: Mapping, proxy_runs: pl.DataFrame, eval_tasks: Mapping
+) -> pl.DataFrame:
+    """Noise floor of each task, and how far its proxies are past the unigram regime."""
+    rows = [
+        {
+            **row,
+            "nats_per_token": proxy_runs[f"nats_per_token__{row['task']}"].median(),
+            "unigram_nats": eval_tasks["unigram_nats"][row["task"]],
+        }
+        for row in cate_checks["noise_floor"]
+    ]
+    floats = ("mixture_variance", "seed_variance", "ratio")
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(floats, pl.Float64))
+
+
+def rows_frame(rows: list[dict]) -> pl.DataFrame:
+    """Rows as a frame whose number columns stay numbers where every value is unknown."""
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    return frame.with_columns(pl.col(pl.Null).cast(pl.Float64))
+
+
+def report_data(
+    recommended: Mapping,
+    live_covariates: pl.DataFrame,
+    runs: RunTable,
+    cate_model: Mapping,
+    signal: pl.DataFrame,
+) -> ReportData:
+    """Everything the report shows."""
+    slack_schema = {
+        "constraint": pl.String,
+        "value": pl.Float64,
+        "limit": pl.Float64,
+        "slack": pl.Float64,
+        "binds": pl.Boolean,
+    }
+    return ReportData(
+        domains=runs.domains,
+        mixtures={name: tuple(shares) for name, shares in recommended["mixtures"].items()},
+        reference_name=recommended["reference_name"],
+        verdict=recommended["verdict"],
+        overlap_score=recommended["overlap_score"],
+        supported_limit=1.0,
+        unsupported_limit=UNSUPPORTED_FACTOR,
+        gains=rows_frame(recommended["gains"]),
+        task_gains=rows_frame(recommended["task_gains"]),
+        slack=pl.DataFrame(recommended["slack"], schema=slack_schema),
+        covariates=covariate_rows(live_covariates, runs),
+        predictions=prediction_rows(runs, cate_model),
+        estimators=rows_frame(cate_model["scores"]),
+        signal=signal,
+        provenance={
+            "proxy runs": str(runs.n_runs),
+            "pool states": str(runs.n_states),
+            "recommended mixture": content_digest(dict(recommended))[:16],
+            "live covariates": content_digest(live_covariates)[:16],
+            "run table": content_digest(runs.to_frame())[:16],
+            "seed": str(cate_model["seed"]),
+        },
+        policy=recommended["policy"],
+        budget_tokens=recommended["budget_tokens"],
+        top_up=pl.DataFrame(recommended["top_up"]) if recommended["top_up"] else None,
+    )
+
+
+@dg.asset(dagster_type=VALUES, group_name="recommendation", kinds={"html"}, code_version="1")
+def report(
+    project: dg.ResourceParam[Project],
+    recommended_mixture: dict,
+    live_covariates: pl.DataFrame,
+    run_table: pl.DataFrame,
+    cate_model: dict,
+    cate_checks: dict,
+    proxy_runs: pl.DataFrame,
+    eval_tasks: dict,
+) -> dg.MaterializeResult:
+    """One HTML file for people: the mixture, its gains, whether to believe them, and why.
+
+    Written to `data/reports/report.html`; opens without network. Stale when anything that it shows
+    changes.
+    """
+    runs = RunTable.from_frame(run_table)
+    signal = signal_rows(cate_checks, proxy_runs, eval_tasks)
+    data = report_data(recommended_mixture, live_covariates, runs, cate_model, signal)
+    path = write_report(project.folder("reports", "report.html"), data)
+    value = {"path": str(path), "recommended_mixture": content_digest(recommended_mixture)}
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(path.read_text(encoding="utf-8").split("\n"))),
+        metadata={
+            "report": dg.MetadataValue.url(path.as_uri()),
+            "file": dg.MetadataValue.path(str(path)),
+            "kilobytes": round(path.stat().st_size / 1000, 1),
+        },
+    )

@@ -1,0 +1,173 @@
+"""Predicted against realised: larger models trained on the mixtures, only when a person asks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import dagster as dg
+import numpy as np
+import polars as pl
+
+from causalmix_pipeline.adapters.experiment import (
+    PoolTokenizer,
+    keep_states,
+    make_specs,
+    profile_documents,
+    write_token_store,
+)
+from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.assets.pool import read_documents
+from causalmix_pipeline.assets.proxy import TRAINING_POOL, read_records
+from causalmix_pipeline.core.design import Design
+from causalmix_pipeline.core.errors import PoolError
+from causalmix_pipeline.core.pool_state import Membership
+from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.proxy_runs import ProxySpec
+from causalmix_pipeline.resources.frame_store import FRAME, content_digest
+from causalmix_pipeline.resources.progress import Progress
+from causalmix_pipeline.resources.project import Project
+
+#: Seeds of each mixture; enough for a standard error.
+VALIDATION_SEEDS = 3
+
+
+def larger_config(config: ProxyConfig) -> ProxyConfig:
+    """A model about four times as large: twice as wide and one layer more; gentler rates."""
+    return replace(
+        config,
+        hidden=2 * config.hidden,
+        layers=config.layers + 1,
+        learning_rate=config.learning_rate / 2,
+        init_std=config.init_std / 2**0.5,
+    )
+
+
+def keep_live_pool(
+    project: Project, tokenizer: dict, live_documents: pl.DataFrame
+) -> tuple[str, str]:
+    """Keep the live pool as a pool state for the workers.
+
+    Returns:
+        The state's hash and its token store's.
+
+    Raises:
+        PoolError: if the pool's files changed since they were profiled.
+    """
+    domains, fitted = tokenizer["domains"], PoolTokenizer.from_dict(tokenizer)
+    pool = read_documents(project, project.settings.live_path, domains, "live_pool")
+    ids = live_documents["document_id"].to_list()
+    if pool.documents["document_id"].to_list() != ids:
+        raise PoolError(
+            "pools.live must be as it was when it was profiled, got other documents: refresh, "
+            "then validate."
+        )
+    documents, encoded = profile_documents(
+        pool.documents, fitted, known_scores=live_documents.unique("document_id")
+    )
+    tokens_hash = write_token_store(project.run_store, documents, encoded, fitted)
+    whole = Membership(np.arange(len(ids)), documents["copies"].to_numpy())
+    state_hash = keep_states(project.run_store, documents, domains, [whole])[0]
+    return state_hash, tokens_hash
+
+
+def validation_specs(
+    project: Project,
+    mixtures: dict[str, list[float]],
+    state_hash: str,
+    *,
+    tokens_hash: str,
+    eval_hash: str,
+) -> list[ProxySpec]:
+    """A spec per mixture and seed; seeds are the same for all mixtures."""
+    mixture_ND = np.repeat(np.array(list(mixtures.values())), VALIDATION_SEEDS, axis=0)
+    seeds = [project.settings.seed + 10_000 + k for k in range(VALIDATION_SEEDS)]
+    design = Design(
+        state_N=np.zeros(len(mixture_ND), dtype=int),
+        mixture_ND=mixture_ND,
+        data_seed_N=np.tile(seeds, len(mixtures)),
+        cell_N=np.repeat(np.arange(len(mixtures)), VALIDATION_SEEDS),
+    )
+    return make_specs(
+        design,
+        [state_hash],
+        tokens_hash=tokens_hash,
+        eval_hash=eval_hash,
+        config=larger_config(project.settings.proxy.to_config()),
+    )
+
+
+def realised_gains(
+    outcome_MST: np.ndarray, names: Sequence[str], weights_T: np.ndarray, predicted: dict
+) -> pl.DataFrame:
+    """Gain of each mixture over the reference, realised with its standard error, and predicted.
+
+    Args:
+        outcome_MST: minus bits per byte; shape (M, S, T), seeds paired over mixtures.
+        names: M mixtures, `reference` among them.
+        weights_T: weight of each task, sum 1.
+        predicted: mixture to its predicted gain.
+    """
+    score_MS = outcome_MST @ weights_T
+    difference_MS = score_MS - score_MS[list(names).index("reference")]
+    error_M = difference_MS.std(axis=1, ddof=1) / np.sqrt(difference_MS.shape[1])
+    return pl.DataFrame(
+        {
+            "mixture": list(names),
+            "predicted_gain": [predicted.get(name) for name in names],
+            "realised_gain": difference_MS.mean(axis=1),
+            "realised_se": error_M,
+            "bits_per_byte": -score_MS.mean(axis=1),
+        },
+        schema_overrides={"predicted_gain": pl.Float64},
+    )
+
+
+@dg.asset(
+    dagster_type=FRAME,
+    group_name="recommendation",
+    kinds={"torch"},
+    code_version="1",
+    pool=TRAINING_POOL,
+)
+def validation_runs(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    tokenizer: dict,
+    eval_tasks: dict,
+    live_documents: pl.DataFrame,
+    recommended_mixture: dict,
+) -> dg.MaterializeResult:
+    """One row per mixture: predicted gain, and the gain realised by a larger model on 3 seeds.
+
+    Trained on request only (job `validate`), on the recommended mixture and on each baseline.
+    Stale when the recommended mixture changes; never re-materialised by itself.
+    """
+    state_hash, tokens_hash = keep_live_pool(project, tokenizer, live_documents)
+    mixtures = recommended_mixture["mixtures"]
+    specs = validation_specs(
+        project,
+        mixtures,
+        state_hash,
+        tokens_hash=tokens_hash,
+        eval_hash=eval_tasks["eval_hash"],
+    )
+    n_missing = len(project.run_store.missing(specs))
+    progress = Progress(n_missing, "validation runs trained", context.log.info)
+    project.backend.train(specs, lambda records: progress.add(len(records)))
+    tasks = recommended_mixture["task_gains"]
+    outcome_NT = -np.array(
+        [
+            [record.bits_per_byte[row["task"]] for row in tasks]
+            for record in read_records(project, specs)
+        ]
+    )
+    frame = realised_gains(
+        outcome_NT.reshape(len(mixtures), VALIDATION_SEEDS, -1),
+        list(mixtures),
+        np.array([row["weight"] for row in tasks]),
+        {row["mixture"]: row["gain"] for row in recommended_mixture["gains"]},
+    )
+    return dg.MaterializeResult(
+        value=frame,
+        data_version=dg.DataVersion(content_digest(frame)),
+        metadata={"trained now": float(n_missing), "gains": markdown_table(frame.to_dicts())},
+    )

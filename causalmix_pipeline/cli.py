@@ -1,0 +1,402 @@
+"""The `causalmix` command: everything that the UI does, from a terminal.
+
+A message in plain words and exit status 2 where the user can mend something; the whole trace of
+anything else goes into a file.
+"""
+
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from causalmix_pipeline.core.errors import CausalMixError, ConfigError
+
+app = typer.Typer(
+    name="causalmix",
+    help="Recommends the data mixture to train a language model on, from the state of its pool.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+#: Exit status where the user can mend something, and where it's our bug.
+USER_FAULT, OUR_FAULT = 2, 1
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="Settings file; without it causalmix.yaml, else data/demo.yaml."
+    ),
+]
+
+
+def console() -> Console:
+    """The terminal; wide enough for tables where the output is a file."""
+    out = Console(highlight=False, soft_wrap=False)
+    return out if out.is_terminal else Console(highlight=False, width=110)
+
+
+@app.command()
+def demo(
+    preset: Annotated[
+        str, typer.Option(help="Size of the proxies: tests (plumbing only), demo or study.")
+    ] = "demo",
+) -> None:
+    """Go from a pool of real text to a mixture, then change the pool twice."""
+    from causalmix_pipeline.demo import tell
+
+    if preset not in ("tests", "demo", "study"):
+        raise ConfigError(f"--preset must be tests, demo or study, got {preset!r}.")
+    tell(console(), preset=preset)
+
+
+@app.command()
+def plan(config: ConfigOption = None) -> None:
+    """Say what the proxy runs cost on this machine, before any is trained."""
+    import dagster as dg
+
+    from causalmix_pipeline.assets.proxy import price_runs
+    from causalmix_pipeline.assets.design import specs_of
+    from causalmix_pipeline.resources.project import Project
+    from causalmix_pipeline.workspace import open_workspace
+
+    out = console()
+    with open_workspace(config, out) as work:
+        work.bring_up_to_date(dg.AssetSelection.assets("mixture_design").upstream())
+        project = Project(config_file=str(work.config_file.resolve()))
+        price = price_runs(project, specs_of(project, work.value("mixture_design")))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in price.items():
+        table.add_row(name, f"{value:,.4g}" if value < 1e6 else f"{value:.3g}")
+    out.print(table)
+    if price["to train"]:
+        out.print("Train them: causalmix refresh --train")
+    else:
+        out.print("Nothing to train: every proxy run of the design is in the run store.")
+
+
+@app.command()
+def refresh(
+    config: ConfigOption = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Also train proxy runs that are missing; see plan.")
+    ] = False,
+) -> None:
+    """Bring the recommendation up to date with the live pool; trains no proxy by itself."""
+    from causalmix_pipeline.console import mixture_table, print_gain, print_verdict
+    from causalmix_pipeline.demo import shown
+    from causalmix_pipeline.workspace import open_workspace
+
+    out = console()
+    with open_workspace(config, out) as work:
+        if not train and "cate_model" in stale_names(work):
+            raise ConfigError(
+                "the effect model must be up to date before a refresh, and isn't: proxy runs or "
+                "settings changed. See the cost by `causalmix plan`, then run "
+                "`causalmix refresh --train`."
+            )
+        before = work.n_proxy_runs()
+        made = work.bring_up_to_date(work.selection(live_only=not train))
+        best = work.value("recommended_mixture")
+        out.print(f"Re-materialised: {', '.join(made) or 'nothing, all was up to date'}.")
+        out.print(f"proxy runs trained: {work.n_proxy_runs() - before}")
+        out.print(mixture_table(best))
+        print_gain(out, best)
+        print_verdict(out, best)
+        out.print(f"Report: {shown(work.settings.data_path / 'reports' / 'report.html')}")
+
+
+def stale_names(work) -> list[str]:
+    """Names of assets that are stale, or may be, on the experiment side and the effects."""
+    import dagster as dg
+
+    from causalmix_pipeline.automation.staleness import stale_assets
+
+    found = stale_assets(work.defs, work.instance, dg.AssetSelection.groups("experiment", "effects"))
+    return [key.path[-1] for key in (*found.reasons, *found.maybe)]
+
+
+@app.command()
+def status(config: ConfigOption = None) -> None:
+    """Say which assets are stale and why, and what was recommended last."""
+    from causalmix_pipeline.automation.staleness import lineage, stale_assets
+    from causalmix_pipeline.console import new_table, print_gain, print_verdict
+    from causalmix_pipeline.resources.observation import LIVE_POOL, observe_pool
+    from causalmix_pipeline.workspace import ON_REQUEST, open_workspace
+
+    out = console()
+    with open_workspace(config, out) as work:
+        observe_pool(work.instance, work.settings, LIVE_POOL)
+        found = stale_assets(work.defs, work.instance)
+        columns = ["asset", "state", "last made"]
+        table = new_table(None, columns, left=columns)
+        graph = work.defs.resolve_asset_graph()
+        for key in lineage(work.defs):
+            if not graph.get(key).is_materializable:
+                continue
+            event = work.instance.get_latest_materialization_event(key)
+            made = when(event.timestamp) if event else ""
+            state = found.reasons.get(key, "perhaps stale" if key in found.maybe else "up to date")
+            if key.path[-1] in ON_REQUEST and not event:
+                state = "on request"
+            table.add_row(key.to_user_string(), state, made)
+        out.print(table)
+        out.print(f"Finished proxy runs in the run store: {work.n_proxy_runs()}")
+        try:
+            best = work.value("recommended_mixture")
+        except FileNotFoundError:
+            out.print("Nothing was recommended yet.")
+            return
+        print_gain(out, best)
+        print_verdict(out, best)
+
+
+def when(timestamp: float) -> str:
+    """Local time to the minute."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(timestamp).strftime("%Y-%m-%d %H:%M")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("causalmix.yaml"),
+) -> None:
+    """Write a settings file that holds every field with its default and what it is for."""
+    from causalmix_pipeline.resources.settings_file import write_commented_settings
+
+    write_commented_settings(path)
+    console().print(
+        f"Wrote {escape(str(path))}. Set `pools` and `tasks`, then: causalmix doctor, causalmix plan"
+    )
+
+
+@app.command()
+def ui(
+    config: ConfigOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 3000,
+) -> None:
+    """Start the Dagster UI and daemon on 127.0.0.1, on this project's instance."""
+    from causalmix_pipeline.resources.instance import ensure_home
+    from causalmix_pipeline.resources.settings_file import CONFIG_VARIABLE, load_settings
+    from causalmix_pipeline.workspace import find_config
+
+    path = find_config(config)
+    settings = load_settings(path, missing_ok=True)
+    require("dagster-webserver", "the UI", "pip install 'causalmix_pipeline[ui]'")
+    home = ensure_home(settings.data_path)
+    console().print(f"UI: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    command = [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(port),
+               "-m", "causalmix_pipeline.definitions"]  # fmt: skip
+    os.environ.update({"DAGSTER_HOME": str(home), CONFIG_VARIABLE: str(path.resolve())})
+    os.execv(sys.executable, command)
+
+
+def require(package: str, purpose: str, command: str) -> None:
+    """Refuse to go on without a package.
+
+    Raises:
+        ConfigError: if it isn't installed.
+    """
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"{purpose} needs the package {package}, which isn't installed: {command}"
+        ) from error
+
+
+# ---------------------------------------------------------------------------- doctor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check of the doctor found: `level` is ok, warning or wrong."""
+
+    what: str
+    level: str
+    detail: str
+
+
+@app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Check the machine, the packages, the settings and the pools; exit status 2 if one is wrong."""
+    from causalmix_pipeline.console import new_table
+
+    out = console()
+    findings = examine(config)
+    colours = {"ok": "green", "warning": "yellow", "wrong": "red"}
+    columns = ["check", "result", "detail"]
+    table = new_table(None, columns, left=columns)
+    for found in findings:
+        level = f"[{colours[found.level]}]{found.level}[/]"
+        table.add_row(found.what, level, escape(found.detail))
+    out.print(table)
+    if any(found.level == "wrong" for found in findings):
+        raise typer.Exit(USER_FAULT)
+
+
+def examine(config: Path | None) -> list[Finding]:
+    """All checks of the doctor, in order."""
+    from causalmix_pipeline.resources.settings_file import load_settings
+    from causalmix_pipeline.workspace import find_config
+
+    findings = [check_python(), check_disk(Path.cwd()), check_cores()]
+    findings += [check_package(*row) for row in (
+        ("torch", "proxy runs", "wrong"), ("econml", "causal_forest", "wrong"),
+        ("lightgbm", "RegMix", "wrong"), ("dagster-webserver", "the UI", "warning"),
+    )]  # fmt: skip
+    try:
+        settings = load_settings(find_config(config))
+    except ConfigError as error:
+        return [*findings, Finding("settings", "wrong", str(error))]
+    findings.append(Finding("settings", "ok", str(find_config(config))))
+    findings += [tried(f"{name} pool", check) for name, check in pool_checks(settings)]
+    return [*findings, *(tried(f"task {task}", check) for task, check in task_checks(settings))]
+
+
+def tried(what: str, check: Callable[[], str]) -> Finding:
+    """A check's detail, or what went wrong in it."""
+    try:
+        return Finding(what, "ok", check())
+    except CausalMixError as error:
+        return Finding(what, "wrong", str(error))
+
+
+def check_python() -> Finding:
+    """Python 3.11, 3.12 or 3.13."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    fits = (3, 11) <= sys.version_info < (3, 14)
+    return Finding("Python", "ok" if fits else "wrong", f"{version} (3.11 to 3.13 are tested)")
+
+
+def check_disk(folder: Path) -> Finding:
+    """2 GB free for token stores and runs."""
+    free = shutil.disk_usage(folder).free / 1e9
+    return Finding("disk", "ok" if free >= 2 else "warning", f"{free:.1f} GB free (2 GB wanted)")
+
+
+def check_cores() -> Finding:
+    """How many processes can train."""
+    cores = os.cpu_count() or 1
+    return Finding("cores", "ok" if cores >= 2 else "warning", f"{cores}; one proxy process each")
+
+
+def check_package(name: str, purpose: str, level: str) -> Finding:
+    """A package that something needs."""
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, level, f"not installed; {purpose} needs it")
+
+
+def pool_checks(settings) -> list[tuple[str, Callable[[], str]]]:
+    """Both pools: can their documents be read?"""
+    from causalmix_pipeline.adapters.pool_reader import ColumnMap, read_pool
+
+    columns = ColumnMap(**settings.columns.model_dump())
+
+    def check(folder: Path) -> str:
+        pool = read_pool(
+            folder,
+            columns,
+            domains=settings.domains,
+            max_rejected_share=settings.quality.max_rejected_share,
+        )
+        domains = pool.documents["domain"].n_unique()
+        return (
+            f"{pool.documents.height:,} documents in {domains} domains, "
+            f"{pool.quarantine.height} rows refused"
+        )
+
+    folders = {"experiment": settings.experiment_path, "live": settings.live_path}
+    return [(name, lambda folder=folder: check(folder)) for name, folder in folders.items()]
+
+
+def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:
+    """Each task: is its held-out text there?"""
+    from causalmix_pipeline.assets.design import read_text_column
+    from causalmix_pipeline.core.errors import PoolError
+
+    def check(path: Path, weight: float) -> str:
+        if not path.is_file():
+            raise PoolError(f"path must be a file with held-out text, got {path}, not there.")
+        return f"{len(read_text_column(path, settings.columns.text)):,} documents, weight {weight:g}"
+
+    if not settings.tasks:
+
+        def refuse() -> str:
+            raise ConfigError("tasks must hold at least one task, got none: see causalmix init.")
+
+        return [("list", refuse)]
+    weights = settings.task_weights
+    return [
+        (name, lambda path=path, name=name: check(path, weights[name]))
+        for name, path in settings.task_paths.items()
+    ]
+
+
+# ---------------------------------------------------------------------------- the way out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    from click.exceptions import ClickException, Exit
+
+    warnings.simplefilter("ignore")
+    out = Console(stderr=True, highlight=False)
+    try:
+        status = app(args=arguments, standalone_mode=False, prog_name="causalmix")
+        return status if isinstance(status, int) else 0
+    except Exit as stop:
+        return stop.exit_code
+    except ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        out.print("Stopped. Finished proxy runs are kept; the same command goes on from there.")
+        return 130
+    except Exception as error:  # the last place before the user: a message, never a bare trace
+        return report_error(error, out)
+
+
+def report_error(error: Exception, out: Console) -> int:
+    """Print what went wrong in plain words, keep the trace, and return the exit status."""
+    from causalmix_pipeline.workspace import root_cause
+
+    ours = root_cause(error)
+    if ours is not None:
+        out.print(f"[bold red]causalmix:[/] {escape(str(ours))}")
+        return USER_FAULT
+    if type(error).__name__ == "DagsterAssetCheckFailedError":
+        out.print(f"[bold red]causalmix:[/] {escape(str(error))}")
+        out.print("The check's numbers are in the UI: causalmix ui")
+        return USER_FAULT
+    trace = Path("data/logs/error.txt")
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    out.print(
+        f"[bold red]causalmix:[/] an unexpected error, which is a bug: {type(error).__name__}: "
+        f"{escape(str(error))[:500]}\nThe whole trace is in {trace}."
+    )
+    return OUR_FAULT
+
+
+def run() -> None:
+    """Entry point of the `causalmix` script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,252 @@
+"""What the command line prints: one progress line, and tables in plain words."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import dagster as dg
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
+
+#: What each verdict means, in a sentence.
+VERDICT_WORDS = {
+    "supported": "the pool is within reach of the proxy runs; gain and interval can be believed",
+    "extrapolating": "the pool is a little beyond the proxy runs; take the gain as a rough guide",
+    "unsupported": "no proxy run has seen such a pool; the reference mixture is kept",
+}
+VERDICT_COLOURS = {"supported": "green", "extrapolating": "yellow", "unsupported": "red"}
+
+#: Seconds of a step on two cores, for the remaining time; measured on the demo. Others count as 1.
+STEP_SECONDS = {
+    "tokenizer": 4.0,
+    "experiment_documents": 12.0,
+    "pool_states": 4.0,
+    "mixture_design": 3.0,
+    "eval_tasks": 4.0,
+    "train_proxy_runs": 240.0,
+    "cate_model": 25.0,
+    "cate_checks": 10.0,
+    "live_documents": 4.0,
+    "baseline_mixtures": 3.0,
+    "recommended_mixture": 6.0,
+}
+
+#: Seconds between two lines of progress where the output is no terminal.
+PLAIN_SECONDS = 15.0
+
+_PROGRESS = re.compile(re.escape(PROGRESS_PREFIX) + r"(\d+) of (\d+) (.+), (\d+) s left")
+
+
+class Work:
+    """Follows Dagster runs, and knows how long the rest takes."""
+
+    def __init__(self, steps: Sequence[str]):
+        """Set up for the steps to come, in any order."""
+        self._left = {step: STEP_SECONDS.get(step, 1.0) for step in steps}
+        self._total = max(sum(self._left.values()), 1e-9)
+        self.what = "starting"
+
+    def on_event(self, entry: dg.EventLogEntry) -> None:
+        """Take in one log entry of a run."""
+        event = entry.dagster_event
+        step = entry.step_key or ""
+        if event is not None and event.is_step_start:
+            self.what = step.rpartition(".")[2]
+        elif event is not None and event.is_step_success:
+            self._left.pop(step.rpartition(".")[2], None)
+        found = _PROGRESS.search(entry.user_message or "")
+        if found:
+            done, total, what, seconds = found.groups()
+            self.what = f"{what} {done}/{total}"
+            self._left[step.rpartition(".")[2]] = float(seconds)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until everything is done, about."""
+        return sum(self._left.values())
+
+    @property
+    def done_share(self) -> float:
+        """Share of the work that is done, by time."""
+        return min(max(1 - self.seconds_left / self._total, 0.0), 1.0)
+
+
+def minutes(seconds: float) -> str:
+    """A time that people say: 45 s, 3 min 20 s."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+@contextmanager
+def progress_line(console: Console, work: Work) -> Iterator[dg.EventLogEntry]:
+    """Show one line with what is being done and the remaining time; yields the event handler."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[left]}"))  # fmt: skip
+    told = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0, left="")
+
+        def on_event(entry: dg.EventLogEntry) -> None:
+            nonlocal told
+            work.on_event(entry)
+            left = f"about {minutes(work.seconds_left)} left"
+            bar.update(task, description=work.what[:38].ljust(38), completed=work.done_share,
+                       left=left)  # fmt: skip
+            now = time.monotonic()
+            if not console.is_terminal and now - told > PLAIN_SECONDS:
+                told = now
+                console.print(f"  {work.what}, {left}")
+
+        yield on_event  # pyright: ignore[reportReturnType]
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def new_table(title: str | None, columns: Sequence[str], left: Sequence[str]) -> Table:
+    """An empty table without frame; columns that aren't in `left` are aligned to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+                  pad_edge=False, header_style="bold")  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def share_text(share: float) -> str:
+    """A share in percent."""
+    return f"{100 * share:.1f}%"
+
+
+def gain_text(row: Mapping) -> str:
+    """A gain with its 90% interval; `unknown` where there is none."""
+    if row["gain"] is None:
+        return "unknown"
+    if row["low"] is None or row["high"] is None:
+        return f"{row['gain']:+.3f}"
+    return f"{row['gain']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
+def mixture_table(recommended: Mapping) -> Table:
+    """The recommended mixture beside the baselines; the last row is their predicted gain."""
+    mixtures = recommended["mixtures"]
+    reference = recommended["reference_name"]
+    names = ["recommended", "natural", "equal", "regmix"]
+    names = [name for name in [*names, *mixtures] if name in mixtures and name != "reference"]
+    names = list(dict.fromkeys(names))
+    table = new_table(None, ["domain"], left=["domain"])
+    for name in names:
+        label = "RegMix" if name == "regmix" else name
+        table.add_column(f"{label}{' (reference)' if name == reference else ''}", justify="right",
+                         style="bold" if name == "recommended" else None)  # fmt: skip
+    for d, domain in enumerate(recommended["domains"]):
+        table.add_row(escape(domain), *(share_text(mixtures[name][d]) for name in names))
+    gains = {row["mixture"]: row for row in recommended["gains"]}
+    if recommended["verdict"] != "unsupported":
+        table.add_section()
+        cells = [gain_text(gains[name]) if name in gains else "" for name in names]
+        table.add_row("gain, bits a byte", *(cell.replace(" (", "\n(") for cell in cells))
+    return table
+
+
+def print_verdict(console: Console, recommended: Mapping) -> None:
+    """The overlap verdict, in words and in its colour."""
+    verdict, score = recommended["verdict"], recommended["overlap_score"]
+    distance = "" if score is None else f" Distance {score:.2f}; supported up to 1."
+    console.print(
+        f"Overlap verdict: [bold {VERDICT_COLOURS[verdict]}]{verdict}[/]: "
+        f"{VERDICT_WORDS[verdict]}.{distance}"
+    )
+
+
+def print_gain(console: Console, recommended: Mapping) -> None:
+    """The headline gain, and what its unit means."""
+    if recommended["verdict"] == "unsupported":
+        console.print("No gain is promised.")
+        return
+    tasks = [row for row in recommended["task_gains"] if row["weight"] > 0]
+    losses = [row["reference_bits_per_byte"] for row in tasks]
+    console.print(
+        f"Predicted gain over the {recommended['reference_name']} mixture: "
+        f"[bold]{gain_text(recommended)}[/] bits per byte, with its 90% interval."
+    )
+    if tasks and None not in losses:
+        loss = sum(row["weight"] * row["reference_bits_per_byte"] for row in tasks)
+        loss /= sum(row["weight"] for row in tasks)
+        console.print(
+            f"That is {100 * recommended['gain'] / loss:.1f}% of the loss of the tasks that "
+            f"count ({', '.join(escape(row['task']) for row in tasks)}), {loss:.3f} bits per byte."
+        )
+
+
+def signal_table(checks: Mapping) -> Table:
+    """Variance between mixtures over variance between seeds, per task."""
+    columns = ["task", "mixtures / seeds", "above noise"]
+    table = new_table("Signal: variance between mixtures over that between seeds", columns, ["task"])
+    for row in checks["noise_floor"]:
+        ratio = "unknown" if row["ratio"] is None else f"{row['ratio']:.1f}"
+        above = {True: "yes", False: "no", None: "unknown"}[row["above_noise"]]
+        table.add_row(escape(row["task"]), ratio, above)
+    return table
+
+
+def estimator_table(model: Mapping, tasks: Sequence[str]) -> Table:
+    """Scores of each estimator on pool states it hasn't seen, for the tasks that count."""
+    columns = ["task", "estimator", "R2 within states", "Spearman", "coverage of 90%"]
+    table = new_table("Estimators on unseen pool states", columns, left=columns[:2])
+    for task in tasks:
+        for row in model["scores"]:
+            if row["task"] != task:
+                continue
+            coverage = row["coverage_90"]
+            table.add_row(
+                escape(task),
+                row["estimator"] + (" (answers)" if row["chosen"] else ""),
+                f"{row['r2_within']:.2f} ± {row['r2_within_se']:.2f}",
+                f"{row['spearman']:.3f} ± {row['spearman_se']:.3f}",
+                "none" if coverage is None else share_text(coverage),
+                style="bold" if row["chosen"] else None,
+            )
+        table.add_section()
+    return table
+
+
+def moved_table(rows: Sequence[Mapping], limit: int = 6) -> Table:
+    """The covariates that moved most, in standard deviations of the experiment's states."""
+    columns = ["domain", "covariate", "before", "after", "moved"]
+    title = "What moved in the pool, in standard deviations of the experiment's states"
+    table = new_table(title, columns, left=columns[:2])
+    for row in rows[:limit]:
+        table.add_row(escape(row["domain"]), row["covariate"], f"{row['before']:.4g}",
+                      f"{row['after']:.4g}", f"{row['moved']:+.1f} sd")  # fmt: skip
+    return table
+
+
+def before_after_table(before: Mapping, after: Mapping) -> Table:
+    """The recommended mixture before and after a change of the pool."""
+    columns = ["domain", "before", "after", "change", "natural, after"]
+    table = new_table("Recommended mixture before and after", columns, left=["domain"])
+    old = dict(zip(before["domains"], before["mixtures"]["recommended"], strict=True))
+    natural = after["mixtures"]["natural"]
+    new = after["mixtures"]["recommended"]
+    for domain, share, own in zip(after["domains"], new, natural, strict=True):
+        change = f"{100 * (share - old.get(domain, 0.0)):+.1f}"
+        table.add_row(escape(domain), share_text(old.get(domain, 0.0)), share_text(share), change,
+                      share_text(own))  # fmt: skip
+    return table
+
+
+def top_up_table(recommended: Mapping, limit: int = 4) -> Table:
+    """The first proxy runs of a top-up plan."""
+    rows = recommended["top_up"]
+    title = f"Which proxy runs would help: {len(rows)} on this pool, of which the first {limit}"
+    table = new_table(title, ["run", *map(escape, recommended["domains"])], left=["run"])
+    for i, row in enumerate(rows[:limit]):
+        shares = [share_text(row[f"share__{domain}"]) for domain in recommended["domains"]]
+        table.add_row(str(i + 1), *shares)
+    return table

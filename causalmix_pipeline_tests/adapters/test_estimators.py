@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from causalmix_pipeline.adapters.estimators import (
+    ESTIMATOR_NAMES,
+    CombinedEstimator,
+    choose_estimator,
+    fit_chosen,
+    make_estimator,
+)
+from causalmix_pipeline.adapters.synthetic import SyntheticPool
+from causalmix_pipeline.core.effects import EffectEstimator
+from causalmix_pipeline.core.errors import ConfigError, EstimationError
+
+POOL = SyntheticPool.draw(4, 2, 3, seed=1)
+EQUAL_D = np.full(4, 0.25)
+STATE_DP = POOL.draw_states(1, np.random.default_rng(9))[0]
+MIXTURE_MD = np.random.default_rng(8).dirichlet(np.ones(4), size=10)
+FAST = ("structured_ridge", "regmix")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return POOL.run_table(20, 4, noise=0.1, seed=4)
+
+
+@pytest.mark.parametrize("name", ESTIMATOR_NAMES)
+def test_every_name_makes_an_estimator_of_that_name(name):
+    made = make_estimator(name, seed=3)
+
+    assert made.name == name
+    assert isinstance(made, EffectEstimator)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="response_surface_blind.*got 'oracle'"):
+        make_estimator("oracle")
+
+
+def test_the_choice_is_the_best_r2_within_unseen_states(runs):
+    choice = choose_estimator(runs, FAST)
+
+    by_name = choice.frame.pivot(on="estimator", index="task", values="r2_within")
+    for row in by_name.iter_rows(named=True):
+        best = max(FAST, key=lambda name: row[name])
+        assert choice.chosen[row["task"]] == best
+    assert choice.frame.height == 6
+    assert choice.frame["chosen"].sum() == 3
+
+
+def test_where_the_state_matters_an_estimator_that_sees_it_is_chosen(runs):
+    choice = choose_estimator(runs, FAST)
+
+    assert set(choice.chosen.values()) == {"structured_ridge"}
+
+
+def test_with_one_mixture_a_state_the_score_over_all_runs_decides():
+    single = POOL.run_table(60, 1, noise=0.1)
+
+    choice = choose_estimator(single, FAST)
+
+    assert choice.frame["r2_within"].is_nan().all()
+    assert set(choice.chosen.values()) == {"structured_ridge"}
+
+
+def test_no_name_is_refused(runs):
+    with pytest.raises(ConfigError, match="at least one"):
+        choose_estimator(runs, ())
+
+
+def test_one_choice_for_all_tasks_is_that_estimator(runs):
+    fitted = fit_chosen(runs, dict.fromkeys(runs.tasks, "structured_ridge"))
+
+    assert fitted.name == "structured_ridge"
+
+
+def test_each_task_is_answered_by_its_own_choice(runs):
+    chosen = {"task_0": "regmix", "task_1": "structured_ridge", "task_2": "regmix"}
+
+    combined = fit_chosen(runs, chosen, seed=42)
+
+    assert isinstance(combined, EffectEstimator)
+    assert isinstance(combined, CombinedEstimator)
+    gain = combined.gain(STATE_DP, MIXTURE_MD, EQUAL_D)
+    for t, name in enumerate(chosen.values()):
+        alone = make_estimator(name, seed=42).fit(runs)
+        expected = alone.gain(STATE_DP, MIXTURE_MD, EQUAL_D)
+        assert gain.mean_MT[:, t] == pytest.approx(expected.mean_MT[:, t])
+        assert np.isnan(gain.se_MT[:, t]).all() == (name == "regmix")
+        predicted_M = combined.predict(STATE_DP, MIXTURE_MD)[:, t]
+        assert predicted_M == pytest.approx(alone.predict(STATE_DP, MIXTURE_MD)[:, t])
+
+
+def test_tasks_of_different_estimators_count_as_fully_correlated(runs):
+    chosen = dict(zip(runs.tasks, ("regmix", "structured_ridge", "structured_ridge"), strict=True))
+
+    combined = fit_chosen(runs, chosen)
+
+    assert combined.task_correlation_TT[0].tolist() == [1, 1, 1]
+    assert combined.task_correlation_TT[1, 2] < 1
+    assert combined.parameters()["chosen"] == chosen
+    assert set(combined.parameters()["members"]) == {"regmix", "structured_ridge"}
+
+
+def test_a_choice_for_other_tasks_is_refused(runs):
+    with pytest.raises(EstimationError, match="exactly the tasks task_0, task_1, task_2, got math"):
+        fit_chosen(runs, {"math": "regmix"})

@@ -1,0 +1,137 @@
+"""What re-materialises by itself when what changes, evaluated without a daemon."""
+
+import dagster as dg
+import pytest
+
+from causalmix_pipeline.automation.conditions import LIVE_SIDE, LIVE_SIDE_NAMES
+from causalmix_pipeline.definitions import build_definitions
+from causalmix_pipeline.resources.observation import DATA_VERSION_TAG
+
+
+class World:
+    """Definitions and an instance in which every asset was made and every check passed."""
+
+    def __init__(self, definitions: dg.Definitions, instance: dg.DagsterInstance):
+        self.definitions, self.instance, self.cursor = definitions, instance, None
+        graph = definitions.resolve_asset_graph()
+        for key in graph.toposorted_asset_keys:
+            self.make(key.path[-1], "1")
+        for check in graph.asset_check_keys:
+            self.instance.report_runless_asset_event(
+                dg.AssetCheckEvaluation(
+                    asset_key=check.asset_key, check_name=check.name, passed=True, metadata={}
+                )
+            )
+        assert self.requested() == set()
+
+    def make(self, name: str, version: str) -> None:
+        """Report an asset as made, or a pool as observed, with a data version."""
+        kind = dg.AssetObservation if name.endswith("_pool") else dg.AssetMaterialization
+        self.instance.report_runless_asset_event(kind(name, tags={DATA_VERSION_TAG: version}))
+
+    def requested(self) -> set[str]:
+        """What the conditions ask for now."""
+        result = dg.evaluate_automation_conditions(
+            self.definitions,
+            instance=self.instance,
+            asset_selection=LIVE_SIDE,
+            cursor=self.cursor,
+        )
+        self.cursor = result.cursor
+        return {
+            key.to_user_string()
+            for key in self.definitions.resolve_asset_graph().get_all_asset_keys()
+            if result.get_num_requested(key)
+        }
+
+    def settle(self, versions: dict[str, str]) -> list[set[str]]:
+        """Make what is asked for, with the given data versions (else 1), until nothing is."""
+        waves = []
+        while wave := self.requested():
+            waves.append(wave)
+            for name in LIVE_SIDE_NAMES:
+                if name in wave:
+                    self.make(name, versions.get(name, "1"))
+        return waves
+
+
+@pytest.fixture
+def world(tmp_path):
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield World(build_definitions(tmp_path / "causalmix.yaml"), instance)
+
+
+def test_a_changed_live_pool_remakes_the_live_side_and_nothing_else(world):
+    world.make("live_pool", "2")
+
+    waves = world.settle(dict.fromkeys(LIVE_SIDE_NAMES, "2"))
+
+    assert set.union(*waves) == set(LIVE_SIDE_NAMES)
+    assert waves[0] == {"live_documents"}
+
+
+def test_each_asset_of_the_live_side_is_made_once_for_one_change(world):
+    world.make("live_pool", "2")
+
+    waves = world.settle(dict.fromkeys(LIVE_SIDE_NAMES, "2"))
+
+    assert sum(map(len, waves)) <= len(LIVE_SIDE_NAMES) + 1  # the report has two ways to it
+
+
+def test_documents_of_the_same_content_end_at_the_profile(world):
+    """Files were renamed or rows moved: the fingerprint is new, what was measured isn't."""
+    world.make("live_pool", "2")
+
+    assert world.settle({}) == [{"live_documents"}]
+
+
+def test_an_observation_of_the_same_content_asks_for_nothing(world):
+    world.make("live_pool", "1")
+
+    assert world.requested() == set()
+
+
+def test_covariates_that_stay_end_at_the_export(world):
+    """New documents that change no covariate change which documents are exported, no mixture."""
+    world.make("live_pool", "2")
+
+    waves = world.settle({"live_documents": "2"})
+
+    assert set.union(*waves) == {"live_documents", "live_covariates", "training_export"}
+
+
+def test_an_experiment_that_ran_again_with_the_same_outcome_asks_for_nothing(world):
+    for name in ("proxy_runs", "run_table", "cate_model", "cate_checks"):
+        world.make(name, "1")
+
+    assert world.requested() == set()
+
+
+def test_a_new_effect_model_remakes_the_recommendation_not_the_profile(world):
+    world.make("cate_model", "2")
+
+    waves = world.settle({"recommended_mixture": "2"})
+
+    assert set.union(*waves) == {"recommended_mixture", "training_export", "report"}
+
+
+def test_a_changed_experiment_pool_asks_for_nothing_by_itself(world):
+    """Proxy compute is a person's decision."""
+    world.make("experiment_pool", "2")
+
+    assert world.requested() == set()
+
+
+def test_a_failed_blocking_check_stops_what_is_below(world):
+    world.make("live_covariates", "2")
+    world.instance.report_runless_asset_event(
+        dg.AssetCheckEvaluation(
+            asset_key=dg.AssetKey("live_covariates"),
+            check_name="no_covariate_missing",
+            passed=False,
+            metadata={},
+            blocking=True,
+        )
+    )
+
+    assert world.requested() & {"recommended_mixture", "baseline_mixtures"} == set()

@@ -1,0 +1,175 @@
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from causalmix_pipeline.adapters.estimators import make_estimator
+from causalmix_pipeline.adapters.synthetic import SyntheticPool
+from causalmix_pipeline.core.belief import (
+    confounding,
+    gain_interval,
+    noise_floor,
+    overlap,
+    placebo,
+)
+from causalmix_pipeline.core.effects import Gain
+from causalmix_pipeline.core.errors import EstimationError
+
+POOL = SyntheticPool.draw(6, 4, 2, seed=1)
+STATES_SDP = POOL.draw_states(64, np.random.default_rng(0))
+
+
+def shifted(size: float, domains: slice, n_states: int = 100) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    states_MDP = POOL.draw_states(n_states, rng)
+    states_MDP[:, domains] += size * rng.choice([-1, 1], size=states_MDP[:, domains].shape)
+    return list(states_MDP)
+
+
+def share_of(verdict: str, states: list[np.ndarray]) -> float:
+    return float(np.mean([overlap(s, STATES_SDP).verdict == verdict for s in states]))
+
+
+def test_states_of_the_same_kind_are_supported():
+    """By construction 5% of the runs' own states are not; new ones somewhat more."""
+    assert share_of("supported", shifted(0.0, slice(0, 6))) >= 0.85
+
+
+def test_a_far_shift_of_every_domain_is_unsupported():
+    assert share_of("unsupported", shifted(3.0, slice(0, 6))) == 1.0
+
+
+def test_a_far_shift_of_one_domain_does_not_drown_among_the_others():
+    """A distance over all 24 dimensions calls 3 standard deviations in one domain supported."""
+    far = shifted(3.0, slice(2, 3))
+
+    assert share_of("unsupported", far) >= 0.6
+    assert share_of("supported", far) <= 0.02
+    assert {int(np.argmax(overlap(s, STATES_SDP).domain_score_D)) for s in far} == {2}
+
+
+def test_a_shift_of_two_is_told_from_none():
+    """Area under the curve of the score, one domain shifted by 2 standard deviations."""
+    calm = np.array([overlap(s, STATES_SDP).score for s in shifted(0.0, slice(0, 6))])
+    moved = np.array([overlap(s, STATES_SDP).score for s in shifted(2.0, slice(0, 1))])
+
+    assert (calm[:, None] < moved).mean() > 0.85
+
+
+def test_overlap_does_not_depend_on_units_or_domain_order():
+    state_DP = shifted(1.0, slice(0, 2))[0]
+    order = np.array([3, 0, 5, 1, 4, 2])
+
+    score = overlap(state_DP, STATES_SDP).score
+
+    assert overlap(100 * state_DP + 7, 100 * STATES_SDP + 7).score == pytest.approx(score)
+    assert overlap(state_DP[order], STATES_SDP[:, order]).score == pytest.approx(score)
+
+
+def test_the_drift_table_says_what_is_outside_the_runs_reach():
+    state_DP = STATES_SDP.mean(axis=0)
+    state_DP[1, 2] = 50.0
+    domains = tuple("abcdef")
+
+    drift = overlap(state_DP, STATES_SDP, domains, ("w", "x", "y", "z")).drift
+
+    outside = drift.filter(~pl.col("inside"))
+    assert outside.select("domain", "covariate", "value").rows() == [("b", "y", 50.0)]
+    assert outside["z"][0] == pytest.approx(50 / STATES_SDP[:, 1, 2].std(), rel=0.1)
+    assert drift.height == 24
+
+
+def test_a_covariate_that_never_varied_but_has_moved_is_extrapolating():
+    states_SDP = STATES_SDP.copy()
+    states_SDP[:, 0, 0] = 0.0
+    state_DP = states_SDP[3].copy()
+    assert overlap(state_DP, states_SDP).verdict == "supported"
+    state_DP[0, 0] = 0.3
+
+    found = overlap(state_DP, states_SDP)
+
+    assert found.verdict == "extrapolating"
+    assert found.drift["z"][0] is None
+    assert not found.drift["inside"][0]
+
+
+def test_overlap_refuses_few_states_other_shapes_and_missing_values():
+    with pytest.raises(EstimationError, match="at least 7 distinct pool states, got 6"):
+        overlap(STATES_SDP[0], STATES_SDP[:6])
+    with pytest.raises(EstimationError, match=r"\(6, 3\) against \(6, 4\)"):
+        overlap(STATES_SDP[0][:, :3], STATES_SDP)
+    with pytest.raises(EstimationError, match="finite"):
+        overlap(np.full((6, 4), np.nan), STATES_SDP)
+
+
+def test_the_noise_floor_finds_the_planted_variances():
+    runs = POOL.run_table(64, 4, noise=0.5, n_repeats=100, seed=2)
+
+    floor = noise_floor(runs)
+
+    assert floor["seed_variance"].to_numpy() == pytest.approx(0.25, rel=0.2)
+    assert floor["seed_df"].to_list() == [200, 200]
+    assert floor["mixture_df"].to_list() == [192, 192]
+    assert floor["above_noise"].all()
+    clean = noise_floor(POOL.run_table(64, 4, noise=0.0, seed=2))["mixture_variance"].to_numpy()
+    assert floor["mixture_variance"].to_numpy() == pytest.approx(clean, rel=0.15)
+
+
+def test_pure_noise_is_above_its_floor_one_time_in_twenty():
+    runs = POOL.run_table(16, 4, n_repeats=20, seed=3)
+    noise_NT = np.random.default_rng(0).normal(size=(runs.n_runs, 100))
+    tasks = tuple(f"noise_{t}" for t in range(100))
+
+    floor = noise_floor(replace(runs, tasks=tasks, outcome_NT=noise_NT))
+
+    assert floor["above_noise"].sum() <= 12
+    assert floor["ratio"].median() < 0.2
+
+
+def test_without_repeated_runs_the_floor_is_unknown():
+    floor = noise_floor(POOL.run_table(16, 4))
+
+    assert floor["seed_variance"].is_null().all()
+    assert floor["above_noise"].is_null().all()
+
+
+def test_a_random_design_is_not_observational():
+    found = confounding(POOL.run_table(64, 4, seed=5))
+
+    assert not found.observational
+    assert found.r2 < 0.05
+
+
+def test_mixtures_that_follow_the_state_are_observational():
+    found = confounding(POOL.run_table(64, 4, confounding=2.0, seed=5))
+
+    assert found.observational
+    assert found.r2 > 0.3
+
+
+def test_without_covariates_nothing_can_be_observed():
+    assert confounding(SyntheticPool.draw(3, 0, 1).run_table(8, 4)).r2 == 0.0
+
+
+def test_the_real_correlation_stands_above_both_placebos():
+    """Without covariates' meaning less is left; without the mixtures' nothing is."""
+    runs = POOL.run_table(40, 4, seed=6)
+
+    table = placebo(lambda: make_estimator("structured_ridge"), runs)
+
+    assert (table["real"] > 0.8).all()
+    assert (table["real"] > table["states_permuted"] + 0.05).all()
+    assert (table["mixtures_permuted"].abs() < 0.3).all()
+
+
+def test_a_ninety_percent_interval_is_1_645_standard_errors_wide():
+    low_MT, high_MT = gain_interval(Gain(np.array([[1.0]]), np.array([[2.0]])))
+
+    assert low_MT[0, 0] == pytest.approx(1 - 1.6449 * 2, abs=1e-3)
+    assert high_MT[0, 0] == pytest.approx(1 + 1.6449 * 2, abs=1e-3)
+
+
+def test_a_level_outside_zero_to_one_is_refused():
+    with pytest.raises(EstimationError, match="got 90"):
+        gain_interval(Gain(np.zeros((1, 1)), np.ones((1, 1))), level=90)

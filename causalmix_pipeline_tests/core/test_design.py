@@ -1,0 +1,116 @@
+"""The design: growing it changes nothing that was there, and states say nothing of mixtures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from causalmix_pipeline.core.design import Design, DesignPlan, make_design
+from causalmix_pipeline.core.errors import ConfigError
+
+
+def rows_of(design: Design) -> list[tuple]:
+    """Each run as values that can be compared bit by bit."""
+    return [
+        (int(state), mixture.tobytes(), int(seed), int(cell))
+        for state, mixture, seed, cell in zip(
+            design.state_N, design.mixture_ND, design.data_seed_N, design.cell_N, strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("n_runs", [16, 30, 128])
+def test_sixteen_more_runs_leave_all_others_as_they_were(n_runs):
+    small = rows_of(make_design(DesignPlan(n_runs=n_runs, seed=5), 4))
+    large = rows_of(make_design(DesignPlan(n_runs=n_runs + 16, seed=5), 4))
+
+    assert large[:n_runs] == small[:n_runs]
+    assert len(set(large) - set(small)) == 16
+    assert set(small) <= set(large)
+
+
+def test_repeats_do_not_depend_on_the_number_of_runs():
+    small = rows_of(make_design(DesignPlan(n_runs=16), 3))
+    large = rows_of(make_design(DesignPlan(n_runs=200), 3))
+
+    assert small[16:] == large[200:]
+
+
+def test_a_repeat_differs_from_its_run_by_its_seed_alone():
+    design = make_design(DesignPlan(n_runs=24, panel_mixtures=4, panel_seeds=3), 3)
+
+    for cell in (0, 4, 8, 12):
+        same = design.cell_N == cell
+        assert same.sum() == 3
+        assert len(np.unique(design.data_seed_N[same])) == 3
+        assert len(np.unique(design.mixture_ND[same], axis=0)) == 1
+        assert len(np.unique(design.state_N[same])) == 1
+
+
+def test_each_pair_of_the_panel_has_a_state_of_its_own():
+    design = make_design(DesignPlan(n_runs=32), 3)
+    repeats = design.state_N[32:]
+
+    np.testing.assert_array_equal(repeats, np.repeat([0, 1, 2, 3], 2))
+
+
+def test_a_panel_larger_than_the_design_repeats_what_there_is():
+    design = make_design(DesignPlan(n_runs=6, panel_mixtures=9, panel_seeds=2), 3)
+
+    np.testing.assert_array_equal(design.cell_N, [0, 1, 2, 3, 4, 5, 0, 4])
+
+
+def test_without_a_panel_there_are_only_distinct_runs():
+    for plan in (DesignPlan(n_runs=8, panel_seeds=1), DesignPlan(n_runs=8, panel_mixtures=0)):
+        assert len(make_design(plan, 3).cell_N) == 8
+
+
+def test_every_state_gets_four_mixtures_and_the_plan_counts_the_states():
+    plan = DesignPlan(n_runs=30)
+    counts = np.bincount(make_design(plan, 3).state_N[:30])
+
+    assert counts.tolist() == [4] * 7 + [2]
+    assert plan.n_states == 8
+
+
+def test_seeds_are_all_distinct():
+    seeds = make_design(DesignPlan(n_runs=512), 5).data_seed_N
+
+    assert len(np.unique(seeds)) == len(seeds)
+
+
+def test_the_number_of_a_state_says_nothing_of_its_mixtures():
+    """Between states a share varies no more than four independent draws a state would let it."""
+    design = make_design(DesignPlan(n_runs=1024, panel_mixtures=0), 4)
+    shares = design.mixture_ND.reshape(256, 4, 4)  # (states, mixtures, D)
+    between = shares.mean(axis=1).var(axis=0, ddof=1)
+    expected = shares.reshape(-1, 4).var(axis=0, ddof=1) / 4
+
+    assert (between < 1.25 * expected).all()
+
+
+def test_another_seed_gives_other_mixtures_and_other_orders():
+    first, second = (make_design(DesignPlan(n_runs=8, seed=seed), 3) for seed in (0, 1))
+
+    assert not np.isin(first.data_seed_N, second.data_seed_N).any()
+    assert np.abs(first.mixture_ND - second.mixture_ND).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_runs", 0),
+        ("mixtures_per_state", 0),
+        ("panel_seeds", 0),
+        ("panel_mixtures", -1),
+        ("seed", -3),
+    ],
+)
+def test_a_count_below_its_least_is_refused(field, value):
+    with pytest.raises(ConfigError, match=rf"design\.{field} must be >= \d, got {value}"):
+        DesignPlan(**{field: value})
+
+
+def test_a_single_domain_is_refused():
+    with pytest.raises(ConfigError, match=r"domains must be at least 2 .* got 1"):
+        make_design(DesignPlan(), 1)

@@ -1,0 +1,116 @@
+"""The sampler: shares are exact, every stretch has them, and a domain repeats only when used up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from causalmix_pipeline.core.token_sampler import domain_schedule, window_counts, window_schedule
+
+#: No deadline: the machine that runs the tests may be busy.
+property_of = settings(deadline=None, max_examples=60)
+MIXTURES = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=2, max_size=8).filter(
+    lambda shares: sum(shares) > 0
+)
+
+
+@property_of
+@given(MIXTURES, st.integers(1, 5000))
+def test_counts_sum_to_the_run_and_are_within_one_window_of_the_share(shares, n_windows):
+    mixture_D = np.array(shares) / sum(shares)
+    counts_D = window_counts(mixture_D, n_windows)
+
+    assert counts_D.sum() == n_windows
+    assert (np.abs(counts_D - mixture_D * n_windows) < 1 + 1e-6).all()
+    assert (counts_D[mixture_D == 0] == 0).all()
+
+
+@property_of
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=6).filter(lambda c: sum(c) > 0))
+def test_shares_that_are_whole_windows_are_met_exactly(counts):
+    counts_D = np.array(counts)
+
+    np.testing.assert_array_equal(
+        window_counts(counts_D / counts_D.sum(), int(counts_D.sum())), counts_D
+    )
+
+
+def test_the_largest_remainders_get_the_windows_left_over():
+    np.testing.assert_array_equal(window_counts(np.array([0.47, 0.33, 0.2]), 10), [5, 3, 2])
+    np.testing.assert_array_equal(window_counts(np.array([0.25, 0.25, 0.5]), 2), [1, 0, 1])
+
+
+@property_of
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_a_schedule_has_each_domain_as_often_as_asked(counts, seed):
+    schedule = domain_schedule(np.array(counts), seed=seed)
+
+    np.testing.assert_array_equal(np.bincount(schedule, minlength=len(counts)), counts)
+
+
+@property_of
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=5), st.integers(0, 2**32 - 1))
+def test_every_stretch_of_a_run_has_about_the_shares_of_the_run(counts, seed):
+    """The windows read of a domain so far are near its share of all windows so far."""
+    counts_D = np.array(counts)
+    schedule = domain_schedule(counts_D, seed=seed)
+    read_WD = np.cumsum(schedule[:, None] == np.arange(len(counts)), axis=0)
+    expected_WD = np.arange(1, len(schedule) + 1)[:, None] * counts_D / counts_D.sum()
+
+    assert np.abs(read_WD - expected_WD).max() <= len(counts) + 1
+
+
+def test_a_schedule_spreads_far_better_than_a_shuffle():
+    counts_D = np.array([500, 500])
+    first = np.cumsum(domain_schedule(counts_D, seed=1) == 0)
+
+    assert np.abs(first - np.arange(1, 1001) / 2).max() <= 2
+
+
+def test_a_domain_starts_again_only_after_its_last_window():
+    domain_W, window_W = window_schedule(
+        np.array([23, 5]), np.array([10, 40]), seed=0, order_seed=9
+    )
+    read = window_W[domain_W == 0]
+
+    for epoch in (read[:10], read[10:20]):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(10))
+    assert len(np.unique(read[20:])) == 3
+    assert (read[:10] != read[10:20]).any()
+    assert len(np.unique(window_W[domain_W == 1])) == 5
+
+
+def test_runs_of_one_state_read_a_domain_in_one_order():
+    """Whatever their mixtures and seeds, so that they differ by the mixture alone."""
+    few = window_schedule(np.array([6, 3]), np.array([8, 8]), seed=1, order_seed=4)
+    many = window_schedule(np.array([20, 7]), np.array([8, 8]), seed=2, order_seed=4)
+
+    for d, n in ((0, 6), (1, 3)):
+        np.testing.assert_array_equal(few[1][few[0] == d], many[1][many[0] == d][:n])
+
+
+def test_seeds_decide_the_order_of_domains_and_of_windows():
+    counts, available = np.array([20, 20]), np.array([30, 30])
+    base = window_schedule(counts, available, seed=1, order_seed=1)
+    other_seed = window_schedule(counts, available, seed=2, order_seed=1)
+    other_order = window_schedule(counts, available, seed=1, order_seed=2)
+
+    assert (base[0] != other_seed[0]).any()
+    np.testing.assert_array_equal(base[0], other_order[0])
+    assert (base[1] != other_order[1]).any()
+
+
+def test_a_domain_without_a_share_needs_no_windows():
+    domain_W, window_W = window_schedule(np.array([4, 0]), np.array([4, 0]), seed=0, order_seed=0)
+
+    assert domain_W.tolist() == [0] * 4
+    assert sorted(window_W.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("n_windows", [1, 7, 4000])
+def test_equal_shares_never_differ_by_more_than_one_window(n_windows):
+    counts_D = window_counts(np.full(7, 1 / 7), n_windows)
+
+    assert np.ptp(counts_D) <= 1

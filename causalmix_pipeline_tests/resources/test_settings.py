@@ -1,0 +1,92 @@
+"""Settings: every rule refuses with the field, the value and the way out; defaults load."""
+
+import pytest
+from pydantic import ValidationError
+
+from causalmix_pipeline.adapters.estimators import ESTIMATOR_NAMES
+from causalmix_pipeline.resources.settings import PRESET_RUNS, EstimatorName, Settings
+
+TASK = {"name": "math", "path": "eval/math.jsonl"}
+
+
+def refusal(**raw) -> str:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(raw)
+    return str(caught.value.errors()[0].get("ctx", {}).get("error", caught.value))
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "value"),
+    [
+        ({"tasks": [TASK, TASK]}, "tasks[1].name", "'math'"),
+        ({"tasks": [{**TASK, "weight": 0}]}, "tasks must hold at least one weight > 0", "only 0"),
+        ({"covariates": ["log2_tokens", "mood"]}, "covariates", "'mood'"),
+        ({"domains": ["math"]}, "domains", "['math']"),
+        ({"domains": ["math", "math"]}, "domains", "['math', 'math']"),
+        ({"pools": {"experiment": "data/x", "live": "data/x/"}}, "pools.live", "data/x"),
+        ({"design": {"strength_range": [3, 0.4]}}, "design.strength_range", "[3.0, 0.4]"),
+        ({"design": {"strength_range": [0, 1]}}, "design.strength_range[0]", "got 0"),
+        ({"design": {"n_runs": 10}}, "design.n_runs", "use 12"),
+        ({"design": {"states": {"size_range": [0, 1]}}}, "design.states.size_range[0]", "got 0"),
+        (
+            {"design": {"states": {"size_range": [1, 0.5]}}},
+            "design.states.size_range",
+            "[1.0, 0.5]",
+        ),
+        ({"design": {"states": {"tilt_metric": "mood"}}}, "design.states.tilt_metric", "'mood'"),
+        ({"proxy": {"overrides": {"depth": 2}}}, "proxy.overrides.depth", "known: hidden"),
+        ({"proxy": {"overrides": {"hidden": 33}}}, "proxy.hidden", "33"),
+        ({"policy": {"least_share": 0.6, "most_share": 0.5}}, "policy.least_share", "got 0.6"),
+        ({"policy": {"reference": "fixed"}}, "policy.fixed_mixture", "reference fixed"),
+        ({"policy": {"fixed_mixture": {"math": 1.0}}}, "policy.fixed_mixture", "reference natural"),
+        (
+            {"policy": {"reference": "fixed", "fixed_mixture": {"math": 0.5, "code": 0.4}}},
+            "policy.fixed_mixture must sum to 1",
+            "got 0.9",
+        ),
+    ],
+)
+def test_a_broken_rule_names_the_field_and_the_value(raw, field, value):
+    message = refusal(**raw)
+
+    assert field in message
+    assert value in message
+
+
+def test_the_defaults_are_valid():
+    settings = Settings()
+
+    assert settings.n_runs == 128
+    assert settings.proxy.to_config().steps == 1000
+    assert settings.proxy.to_config().hidden == 32
+
+
+@pytest.mark.parametrize("preset", PRESET_RUNS)
+def test_a_preset_says_how_many_runs_unless_the_design_does(preset):
+    assert Settings.model_validate({"proxy": {"preset": preset}}).n_runs == PRESET_RUNS[preset]
+    explicit = {"proxy": {"preset": preset}, "design": {"n_runs": 12}}
+    assert Settings.model_validate(explicit).n_runs == 12
+
+
+def test_overrides_go_over_the_preset():
+    proxy = {"preset": "tests", "overrides": {"hidden": 64}}
+
+    config = Settings.model_validate({"proxy": proxy}).proxy.to_config()
+
+    assert (config.hidden, config.steps) == (64, 30)
+
+
+def test_settings_do_not_change_after_loading():
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().seed = 3
+
+
+def test_the_estimators_that_settings_know_are_those_that_exist():
+    assert set(EstimatorName.__args__) == set(ESTIMATOR_NAMES)
+
+
+def test_a_fingerprint_follows_its_own_sections_only():
+    plain, other = Settings(), Settings.model_validate({"seed": 1})
+
+    assert plain.fingerprint("seed") != other.fingerprint("seed")
+    assert plain.fingerprint("policy", "design") == other.fingerprint("policy", "design")
