@@ -66,8 +66,8 @@ def plan(config: ConfigOption = None) -> None:
     """Say what the proxy runs cost on this machine, before any is trained."""
     import dagster as dg
 
-    from causalmix_pipeline.assets.proxy import price_runs
     from causalmix_pipeline.assets.design import specs_of
+    from causalmix_pipeline.assets.proxy import price_runs
     from causalmix_pipeline.resources.project import Project
     from causalmix_pipeline.workspace import open_workspace
 
@@ -123,7 +123,9 @@ def stale_names(work) -> list[str]:
 
     from causalmix_pipeline.automation.staleness import stale_assets
 
-    found = stale_assets(work.defs, work.instance, dg.AssetSelection.groups("experiment", "effects"))
+    found = stale_assets(
+        work.defs, work.instance, dg.AssetSelection.groups("experiment", "effects")
+    )
     return [key.path[-1] for key in (*found.reasons, *found.maybe)]
 
 
@@ -140,7 +142,7 @@ def status(config: ConfigOption = None) -> None:
         observe_pool(work.instance, work.settings, LIVE_POOL)
         found = stale_assets(work.defs, work.instance)
         columns = ["asset", "state", "last made"]
-        table = new_table(None, columns, left=columns)
+        table = new_table(columns, left=columns)
         graph = work.defs.resolve_asset_graph()
         for key in lineage(work.defs):
             if not graph.get(key).is_materializable:
@@ -178,7 +180,8 @@ def init(
 
     write_commented_settings(path)
     console().print(
-        f"Wrote {escape(str(path))}. Set `pools` and `tasks`, then: causalmix doctor, causalmix plan"
+        f"Wrote {escape(str(path))}. Set `pools` and `tasks`, then see `causalmix doctor` and "
+        "`causalmix plan`."
     )
 
 
@@ -197,10 +200,15 @@ def ui(
     require("dagster-webserver", "the UI", "pip install 'causalmix_pipeline[ui]'")
     home = ensure_home(settings.data_path)
     console().print(f"UI: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-    command = [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(port),
-               "-m", "causalmix_pipeline.definitions"]  # fmt: skip
-    os.environ.update({"DAGSTER_HOME": str(home), CONFIG_VARIABLE: str(path.resolve())})
-    os.execv(sys.executable, command)
+    os.environ["DAGSTER_HOME"] = str(home)
+    os.environ[CONFIG_VARIABLE] = str(path.resolve())
+    os.execv(sys.executable, ui_command(port))
+
+
+def ui_command(port: int) -> list[str]:
+    """The webserver and the daemon of Dagster, reachable from this machine only."""
+    where = ["-h", "127.0.0.1", "-p", str(port)]
+    return [sys.executable, "-m", "dagster", "dev", *where, "-m", "causalmix_pipeline.definitions"]
 
 
 def require(package: str, purpose: str, command: str) -> None:
@@ -231,14 +239,14 @@ class Finding:
 
 @app.command()
 def doctor(config: ConfigOption = None) -> None:
-    """Check the machine, the packages, the settings and the pools; exit status 2 if one is wrong."""
+    """Check the machine, the packages, settings and pools; exit status 2 if one is wrong."""
     from causalmix_pipeline.console import new_table
 
     out = console()
     findings = examine(config)
     colours = {"ok": "green", "warning": "yellow", "wrong": "red"}
     columns = ["check", "result", "detail"]
-    table = new_table(None, columns, left=columns)
+    table = new_table(columns, left=columns)
     for found in findings:
         level = f"[{colours[found.level]}]{found.level}[/]"
         table.add_row(found.what, level, escape(found.detail))
@@ -332,7 +340,9 @@ def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:
     def check(path: Path, weight: float) -> str:
         if not path.is_file():
             raise PoolError(f"path must be a file with held-out text, got {path}, not there.")
-        return f"{len(read_text_column(path, settings.columns.text)):,} documents, weight {weight:g}"
+        return (
+            f"{len(read_text_column(path, settings.columns.text)):,} documents, weight {weight:g}"
+        )
 
     if not settings.tasks:
 
@@ -352,18 +362,18 @@ def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    from click.exceptions import ClickException, Exit
+    from typer.exceptions import TyperException
 
     warnings.simplefilter("ignore")
     out = Console(stderr=True, highlight=False)
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="causalmix")
         return status if isinstance(status, int) else 0
-    except Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except ClickException as error:
-        error.show()
-        return error.exit_code
+    except TyperException as error:
+        out.print(f"{escape(error.format_message())}\nSee: causalmix --help")
+        return USER_FAULT
     except (KeyboardInterrupt, typer.Abort):
         out.print("Stopped. Finished proxy runs are kept; the same command goes on from there.")
         return 130

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from causalmix_pipeline.automation.staleness import EventHandler
 from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
 
 #: What each verdict means, in a sentence.
@@ -84,7 +85,7 @@ def minutes(seconds: float) -> str:
 
 
 @contextmanager
-def progress_line(console: Console, work: Work) -> Iterator[dg.EventLogEntry]:
+def progress_line(console: Console, work: Work) -> Iterator[EventHandler]:
     """Show one line with what is being done and the remaining time; yields the event handler."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
                TimeElapsedColumn(), TextColumn("{task.fields[left]}"))  # fmt: skip
@@ -103,16 +104,15 @@ def progress_line(console: Console, work: Work) -> Iterator[dg.EventLogEntry]:
                 told = now
                 console.print(f"  {work.what}, {left}")
 
-        yield on_event  # pyright: ignore[reportReturnType]
+        yield on_event
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-def new_table(title: str | None, columns: Sequence[str], left: Sequence[str]) -> Table:
+def new_table(columns: Sequence[str], left: Sequence[str]) -> Table:
     """An empty table without frame; columns that aren't in `left` are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
-                  pad_edge=False, header_style="bold")  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right")
     return table
@@ -139,7 +139,7 @@ def mixture_table(recommended: Mapping) -> Table:
     names = ["recommended", "natural", "equal", "regmix"]
     names = [name for name in [*names, *mixtures] if name in mixtures and name != "reference"]
     names = list(dict.fromkeys(names))
-    table = new_table(None, ["domain"], left=["domain"])
+    table = new_table(["domain"], left=["domain"])
     for name in names:
         label = "RegMix" if name == "regmix" else name
         table.add_column(f"{label}{' (reference)' if name == reference else ''}", justify="right",
@@ -149,7 +149,7 @@ def mixture_table(recommended: Mapping) -> Table:
     gains = {row["mixture"]: row for row in recommended["gains"]}
     if recommended["verdict"] != "unsupported":
         table.add_section()
-        cells = [gain_text(gains[name]) if name in gains else "" for name in names]
+        cells = ["0" if name == reference else gain_text(gains[name]) for name in names]
         table.add_row("gain, bits a byte", *(cell.replace(" (", "\n(") for cell in cells))
     return table
 
@@ -184,10 +184,21 @@ def print_gain(console: Console, recommended: Mapping) -> None:
         )
 
 
+def print_binding(console: Console, recommended: Mapping) -> None:
+    """Which constraints hold the mixture back."""
+    if recommended["verdict"] == "unsupported":
+        return
+    binding = [row["constraint"] for row in recommended["slack"] if row["binds"]]
+    if binding:
+        console.print(f"What holds it back: {escape(', '.join(binding))}.")
+    else:
+        console.print("No constraint holds it back.")
+
+
 def signal_table(checks: Mapping) -> Table:
     """Variance between mixtures over variance between seeds, per task."""
     columns = ["task", "mixtures / seeds", "above noise"]
-    table = new_table("Signal: variance between mixtures over that between seeds", columns, ["task"])
+    table = new_table(columns, left=["task"])
     for row in checks["noise_floor"]:
         ratio = "unknown" if row["ratio"] is None else f"{row['ratio']:.1f}"
         above = {True: "yes", False: "no", None: "unknown"}[row["above_noise"]]
@@ -198,7 +209,7 @@ def signal_table(checks: Mapping) -> Table:
 def estimator_table(model: Mapping, tasks: Sequence[str]) -> Table:
     """Scores of each estimator on pool states it hasn't seen, for the tasks that count."""
     columns = ["task", "estimator", "R2 within states", "Spearman", "coverage of 90%"]
-    table = new_table("Estimators on unseen pool states", columns, left=columns[:2])
+    table = new_table(columns, left=columns[:2])
     for task in tasks:
         for row in model["scores"]:
             if row["task"] != task:
@@ -219,8 +230,7 @@ def estimator_table(model: Mapping, tasks: Sequence[str]) -> Table:
 def moved_table(rows: Sequence[Mapping], limit: int = 6) -> Table:
     """The covariates that moved most, in standard deviations of the experiment's states."""
     columns = ["domain", "covariate", "before", "after", "moved"]
-    title = "What moved in the pool, in standard deviations of the experiment's states"
-    table = new_table(title, columns, left=columns[:2])
+    table = new_table(columns, left=columns[:2])
     for row in rows[:limit]:
         table.add_row(escape(row["domain"]), row["covariate"], f"{row['before']:.4g}",
                       f"{row['after']:.4g}", f"{row['moved']:+.1f} sd")  # fmt: skip
@@ -230,7 +240,7 @@ def moved_table(rows: Sequence[Mapping], limit: int = 6) -> Table:
 def before_after_table(before: Mapping, after: Mapping) -> Table:
     """The recommended mixture before and after a change of the pool."""
     columns = ["domain", "before", "after", "change", "natural, after"]
-    table = new_table("Recommended mixture before and after", columns, left=["domain"])
+    table = new_table(columns, left=["domain"])
     old = dict(zip(before["domains"], before["mixtures"]["recommended"], strict=True))
     natural = after["mixtures"]["natural"]
     new = after["mixtures"]["recommended"]
@@ -244,8 +254,7 @@ def before_after_table(before: Mapping, after: Mapping) -> Table:
 def top_up_table(recommended: Mapping, limit: int = 4) -> Table:
     """The first proxy runs of a top-up plan."""
     rows = recommended["top_up"]
-    title = f"Which proxy runs would help: {len(rows)} on this pool, of which the first {limit}"
-    table = new_table(title, ["run", *map(escape, recommended["domains"])], left=["run"])
+    table = new_table(["run", *map(escape, recommended["domains"])], left=["run"])
     for i, row in enumerate(rows[:limit]):
         shares = [share_text(row[f"share__{domain}"]) for domain in recommended["domains"]]
         table.add_row(str(i + 1), *shares)

@@ -14,7 +14,12 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from causalmix_pipeline.adapters.demo_pool import DemoPool, assemble_demo_pool, drop_into_live, reset_live
+from causalmix_pipeline.adapters.demo_pool import (
+    DemoPool,
+    assemble_demo_pool,
+    drop_into_live,
+    reset_live,
+)
 from causalmix_pipeline.adapters.run_store import write_atomically
 from causalmix_pipeline.console import (
     before_after_table,
@@ -22,6 +27,7 @@ from causalmix_pipeline.console import (
     minutes,
     mixture_table,
     moved_table,
+    print_binding,
     print_gain,
     print_verdict,
     signal_table,
@@ -32,7 +38,6 @@ from causalmix_pipeline.workspace import DEMO_CONFIG, Workspace, open_workspace
 
 #: What the demo's model shall be good at; the other domains' text is only reported.
 DEMO_WEIGHTS = {"math": 0.4, "code_reasoning": 0.3, "manuals": 0.3}
-
 
 
 def demo_settings(pool: DemoPool, config_file: Path, preset: str) -> str:
@@ -134,11 +139,15 @@ def show_first(work: Workspace, made: Sequence[str], n_trained: int, started: fl
         f"{len(made)} assets materialised, proxy runs trained: {n_trained} "
         f"(of {work.n_proxy_runs()} kept), after {minutes(time.monotonic() - started)}."
     )
+    heading(console, "Signal of the proxy runs: variance between mixtures over that between seeds")
     console.print(signal_table(work.value("cate_checks")))
     counted = [row["task"] for row in best["task_gains"] if row["weight"] > 0]
+    heading(console, "Estimators, on pool states that they haven't seen (tasks that count)")
     console.print(estimator_table(work.value("cate_model"), counted))
+    heading(console, "Recommended mixture, and what each would gain over the reference")
     console.print(mixture_table(best))
     print_gain(console, best)
+    print_binding(console, best)
     print_verdict(console, best)
     console.print(f"Report: {keep_report(work, 1)}")
     console.print(f"Export for the trainer: {shown(work.settings.data_path / 'export')}")
@@ -159,17 +168,26 @@ def refresh_after_drop(work: Workspace, pool: DemoPool, drop: str) -> None:
     console.print(f"[bold]proxy runs trained: {work.n_proxy_runs() - n_before}[/]")
     moved = moved_covariates(covariates, work.value("live_covariates"), work.value("pool_states"),
                              work.settings.covariates)  # fmt: skip
+    heading(console, "What moved most, in standard deviations over the experiment's pool states")
     console.print(moved_table(moved))
     if after["verdict"] == "unsupported":
         print_verdict(console, after)
         print_drift(work, after)
         console.print(mixture_table(after))
+        heading(console, f"Proxy runs that would help: {len(after['top_up'])}, the first of them")
         console.print(top_up_table(after))
     else:
+        heading(console, "Recommended mixture before and after")
         console.print(before_after_table(before, after))
         print_gain(console, after)
+        print_binding(console, after)
         print_verdict(console, after)
     console.print(f"Report: {keep_report(work, 2 if drop == 'within_reach' else 3)}")
+
+
+def heading(console: Console, text: str) -> None:
+    """A line above a table."""
+    console.print(f"\n[bold]{text}[/]", end="")
 
 
 def print_drift(work: Workspace, after: dict) -> None:

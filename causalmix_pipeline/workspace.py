@@ -94,7 +94,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def quiet_log(self) -> Iterator[Path]:
-        """Send Dagster's own log to `data/logs/causalmix.log`; the screen keeps the progress line."""
+        """Send Dagster's own log to `data/logs`; the screen keeps the progress line."""
         path = self.log_path
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as log, contextlib.redirect_stderr(log):
@@ -174,5 +174,3 @@ def root_cause(error: BaseException) -> CausalMixError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
-
-

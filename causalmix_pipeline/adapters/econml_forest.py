@@ -1,12 +1,14 @@
 """EconML's causal forest behind `core.effects.EffectEstimator`: the paper's estimator.
 
-y = g(x) + theta(x) . phi(share) + noise; E[y|x] and E[phi|x] are cross-fitted by LightGBM over folds
-of whole pool states, the forest learns theta on the residuals. Source: arXiv 2607.01104; Athey,
-Tibshirani, Wager, Generalized random forests (arXiv 1610.01271). EconML's intervals are those of a
-linear projection, not of a gain, so none is given (METHOD, section 4).
+y = g(x) + theta(x) . phi(share) + noise; E[y|x] and E[phi|x] are cross-fitted by LightGBM over
+folds of whole pool states, the forest learns theta on the residuals. Source: arXiv 2607.01104;
+Athey, Tibshirani, Wager, Generalized random forests (arXiv 1610.01271). EconML's intervals are
+those of a linear projection, not of a gain, so none is given.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -158,10 +160,14 @@ class CausalForest:
     ):
         from econml.dml import CausalForestDML
 
+        # EconML annotates these as their defaults' types; it takes any regressor and any splits.
+        nuisances: dict[str, Any] = {
+            "model_y": _Boosted(self.seed),
+            "model_t": _Boosted(self.seed),
+            "cv": splits,
+        }
         forest = CausalForestDML(
-            model_y=_Boosted(self.seed),
-            model_t=_Boosted(self.seed),
-            cv=splits,
+            **nuisances,
             n_estimators=self.n_trees,
             inference=False,
             n_jobs=1,
@@ -202,5 +208,7 @@ class _Boosted:
         return self
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
-        columns = np.column_stack([booster.predict(inputs) for booster in self.boosters_])
+        columns = np.column_stack(
+            [np.asarray(booster.predict(inputs)) for booster in self.boosters_]
+        )
         return columns[:, 0] if self.is_column_ else columns

@@ -178,7 +178,9 @@ def make_export(
     )
 
 
-def count_copies(n_tokens: np.ndarray, target_tokens: float, *, rng_seed: Sequence[int]) -> np.ndarray:
+def count_copies(
+    n_tokens: np.ndarray, target_tokens: float, *, rng_seed: Sequence[int]
+) -> np.ndarray:
     """How often each document of a domain is read so that their tokens come near a target.
 
     Whole passes first, then documents in a random order while that brings the sum nearer.

@@ -59,6 +59,10 @@ BLIND = ("share", "domain", "all", "state_id", "noise", "domain_share_length", "
 #: median is 1.
 WEIGHT_DEVIATION = 1.0
 
+#: Where the search starts, over the prior's median. From loud noise it can end where the steep part
+#: of a curve near a share of zero is taken for noise (Spearman .914 against .946 on such a task).
+START = {"noise": 0.1}
+
 #: How many prior standard deviations a hyper-parameter may move.
 SEARCH_WIDTH = 3.0
 
@@ -101,8 +105,8 @@ class ResponseSurface:
         Args:
             blind: whether to ignore covariates even where there are some.
             seed: draws the further starts of the search, and the runs it sees if there are many.
-            n_restarts: starts of the search beside the prior's median, 0 or more; they changed
-                neither fit nor regret where it was measured.
+            n_restarts: random starts of the search after the first, 0 or more; with the first at
+                little noise they found nothing better where it was measured.
         """
         self.name = "response_surface_blind" if blind else "response_surface"
         self.blind = blind
@@ -149,8 +153,9 @@ class ResponseSurface:
         noise_T = np.array([posterior.noise_variance for posterior in self._posteriors])
         self.noise_variance_T = noise_T * self._scale_T**2
         white_NT = np.column_stack([posterior.white_N for posterior in self._posteriors])
-        size_T = np.maximum(np.sqrt((white_NT**2).sum(axis=0)), np.finfo(float).tiny)
-        self.task_correlation_TT = white_NT.T @ white_NT / np.outer(size_T, size_T)
+        size_T = np.sqrt((white_NT**2).sum(axis=0))
+        white_NT = white_NT / np.where(size_T > 0, size_T, 1.0)
+        self.task_correlation_TT = white_NT.T @ white_NT
         return self
 
     def predict(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> np.ndarray:
@@ -391,8 +396,9 @@ class _Covariance:
         weight_P: np.ndarray | None = None,
     ) -> None:
         """Add what a kernel linear in importances and weights contributes; before `h[name]`."""
-        either = importance_D if importance_D is not None else weight_P
-        self.out[name] += self.h[name] * float(np.sum(either))
+        total = weight_P if importance_D is None else importance_D
+        assert total is not None
+        self.out[name] += self.h[name] * float(np.sum(total))
         if importance_D is not None:
             self._add_to("importance:", self.h[name] * importance_D)
         if weight_P is not None:
@@ -485,14 +491,14 @@ def negative_log_posterior(
         points: the runs' mixtures, covariates and states.
         standard_N: one task's outcomes with mean 0 and variance 1; shape (N,).
     """
-    from scipy.linalg import cho_solve
-    from scipy.linalg.lapack import dpotri
+    from scipy.linalg import cho_solve, get_lapack_funcs
 
     covariance = _Covariance(dict(zip(names, np.exp(log_hyper_H), strict=True)), points)
     cholesky_NN = np.linalg.cholesky(covariance.matrix())
     alpha_N = cho_solve((cholesky_NN, True), standard_N)
     value = 0.5 * float(standard_N @ alpha_N) + float(np.log(np.diag(cholesky_NN)).sum())
-    lower_NN = np.tril(dpotri(cholesky_NN, lower=1)[0])
+    (invert,) = get_lapack_funcs(("potri",), (cholesky_NN,))
+    lower_NN = np.tril(invert(cholesky_NN, lower=1)[0])
     inverse_NN = lower_NN + np.tril(lower_NN, -1).T
     gradient = covariance.gradient(0.5 * (inverse_NN - np.outer(alpha_N, alpha_N)))
     mean_H, deviation_H = _prior(names)
@@ -513,8 +519,9 @@ def _search_rows(state_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _starts(names: tuple[str, ...], rng: np.random.Generator, n_restarts: int) -> list[np.ndarray]:
     mean_H, deviation_H = _prior(names)
+    first_H = mean_H + np.log([START.get(name, 1.0) for name in names])
     drawn = [mean_H + 0.7 * deviation_H * rng.normal(size=len(names)) for _ in range(n_restarts)]
-    return [mean_H, *drawn]
+    return [first_H, *drawn]
 
 
 def _search(

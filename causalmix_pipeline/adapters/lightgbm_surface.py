@@ -1,7 +1,7 @@
 """LightGBM regressions behind `core.effects.EffectEstimator`: RegMix, and the same with the state.
 
 RegMix regresses each task on the mixture alone. Source: arXiv 2407.01492 and the settings of its
-published notebook (squared error, 1,000 trees, rate .01, seed 42, all else LightGBM's defaults); its
+published notebook (squared error, 1,000 trees, rate .01, seed 42, else LightGBM's defaults); its
 early stopping on the test runs is left out, since it leaks.
 """
 
@@ -71,7 +71,7 @@ class LightGBMSurface:
         mixture_MD = np.atleast_2d(mixture_MD)
         state_MDP = np.broadcast_to(state_DP, (len(mixture_MD), *np.shape(state_DP)))
         inputs = np.column_stack([mixture_MD, self._state_columns(state_MDP)])
-        return np.column_stack([booster.predict(inputs) for booster in self._boosters])
+        return np.column_stack([np.asarray(booster.predict(inputs)) for booster in self._boosters])
 
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
         """Return differences of predictions; their standard errors are unknown (nan)."""

@@ -28,6 +28,9 @@ FRAME_COLUMNS = {
                "unigram_nats"),
 }  # fmt: skip
 
+#: How an unknown number and a minus sign are set.
+UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
 #: What each covariate says, for readers who don't know its name.
 COVARIATE_LABELS = {
     "compress_ratio": "compressed over raw bytes, of a document",
@@ -46,7 +49,13 @@ COVARIATE_LABELS = {
 }
 
 #: Colour class of each mixture, the same wherever it is drawn.
-SERIES_CSS = {"recommended": "s0", "reference": "s1", "equal": "s2", "regmix": "s3", "natural": "s4"}
+SERIES_CSS = {
+    "recommended": "s0",
+    "reference": "s1",
+    "equal": "s2",
+    "regmix": "s3",
+    "natural": "s4",
+}
 
 #: What each verdict means to the reader.
 VERDICTS = {
@@ -192,7 +201,7 @@ def _share_text(value: float) -> str:
 def _number_text(value: float | None) -> str:
     """Three significant digits; a dash where unknown."""
     if value is None or math.isnan(value):
-        return "–"
+        return UNKNOWN
     if math.isinf(value):
         return "∞"
     size = abs(value)
@@ -205,8 +214,8 @@ def _number_text(value: float | None) -> str:
 def _signed_text(value: float | None) -> str:
     """Three decimals with a sign, as gains are shown."""
     if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:+.3f}".replace("-", "−")
+        return UNKNOWN
+    return f"{value:+.3f}".replace("-", MINUS)
 
 
 def _tokens_text(value: float) -> str:
@@ -335,7 +344,7 @@ def _interval_plot(rows: list[dict[str, Any]]) -> dict[str, Any]:
         x = axis.at(row["gain"]) if _is_known(row["gain"]) else None
         low, high = (axis.at(row["low"]), axis.at(row["high"])) if known else (None, None)
         placed.append({**row, "x": x, "x_low": low, "x_high": high})
-    ticks = [{"x": axis.at(t), "text": f"{t:+.4g}".replace("-", "−") if t else "0"}
+    ticks = [{"x": axis.at(t), "text": f"{t:+.4g}".replace("-", MINUS) if t else "0"}
              for t in axis.ticks]  # fmt: skip
     return {"rows": placed, "zero": axis.at(0.0), "ticks": ticks}
 
@@ -379,13 +388,18 @@ def _meanings(frame: pl.DataFrame) -> dict[str, str]:
 
 
 def _beyond(row: dict[str, Any]) -> float:
-    """How far the live value lies outside the states' range, in widths of that range."""
+    """How far the live value lies outside the states' range, in widths of that range.
+
+    1 where the range has no width: how far is far can't be told there.
+    """
     if not row["states"]:
         return 0.0
     low, high = min(row["states"]), max(row["states"])
     distance = max(low - row["live"], row["live"] - high, 0.0)
     slack = 1e-9 * (1 + abs(low) + abs(high))
-    return 0.0 if distance <= slack else distance / max(high - low, slack)
+    if distance <= slack:
+        return 0.0
+    return distance / (high - low) if high - low > slack else 1.0
 
 
 def _outside(frame: pl.DataFrame) -> list[dict[str, Any]]:

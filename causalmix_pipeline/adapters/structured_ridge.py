@@ -127,8 +127,9 @@ class StructuredRidge:
         self._coefficient_FT = np.column_stack(coefficients)
         self._covariance_TFF = covariances
         self.noise_variance_T = np.array(noises)
-        size_T = np.maximum(np.sqrt((residual_NT**2).sum(axis=0)), np.finfo(float).tiny)
-        self.task_correlation_TT = residual_NT.T @ residual_NT / np.outer(size_T, size_T)
+        size_T = np.sqrt((residual_NT**2).sum(axis=0))
+        residual_NT = residual_NT / np.where(size_T > 0, size_T, 1.0)
+        self.task_correlation_TT = residual_NT.T @ residual_NT
 
 
 def left_out_residuals(

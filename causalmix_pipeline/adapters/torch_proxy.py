@@ -116,8 +116,8 @@ def _diverged(
 ) -> np.ndarray:
     """Which models left the range where a loss means something, shape (K,)."""
     limit = np.log(config.vocab_size) + DIVERGENCE_MARGIN
-    # Written so that nan counts as diverged.
-    sound_K = np.isfinite(train_loss_KS).all(axis=1) & (train_loss_KS[:, -1] <= limit)
+    # A loss that was once not a number stays so, its weights are lost; and nan <= limit is False.
+    sound_K = train_loss_KS[:, -1] <= limit
     for nats_K in eval_nats.values():
         sound_K &= np.isfinite(nats_K)
     return ~sound_K

@@ -9,13 +9,13 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.estimators import fit_chosen, make_estimator
+from causalmix_pipeline.adapters.exporter import Export, write_export
 from causalmix_pipeline.assets.pictures import markdown_table, share_bars
 from causalmix_pipeline.core.belief import Overlap, overlap
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.policy import Constraints, Recommendation, recommend, weighted_gain
 from causalmix_pipeline.core.runs import RunTable
-from causalmix_pipeline.resources.exporter import FolderExporter, build_manifest
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES, content_digest
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
@@ -352,53 +352,42 @@ def training_export(
     Also written as `mixture.json` and `manifest.parquet` into `data/export`. Stale when the
     recommended mixture or the live documents change.
     """
-    settings, budget = project.settings, recommended_mixture["budget_tokens"]
-    shares = dict(
-        zip(
-            recommended_mixture["domains"],
-            recommended_mixture["mixtures"]["recommended"],
-            strict=True,
-        )
-    )
-    manifest = build_manifest(live_documents, shares, budget_tokens=budget, seed=settings.seed)
-    per_domain = export_rows(manifest, live_documents, shares)
-    paths = FolderExporter(project.folder("export")).export(
-        {
-            "unit": "share of training tokens",
-            "mixture": shares,
-            "budget_tokens": budget,
-            "domains": per_domain,
-            "seed": settings.seed,
+    folder = project.folder("export")
+    export = write_export(
+        folder,
+        mixture=recommended_mixture["mixtures"]["recommended"],
+        domains=recommended_mixture["domains"],
+        documents=live_documents,
+        budget_tokens=int(recommended_mixture["budget_tokens"]),
+        seed=project.settings.seed,
+        verdict=recommended_mixture["verdict"],
+        fingerprints={
             "live_documents": content_digest(live_documents),
             "recommended_mixture": content_digest(recommended_mixture),
         },
-        manifest,
     )
+    manifest = export.manifest
     return dg.MaterializeResult(
         value=manifest,
-        data_version=dg.DataVersion(content_digest(manifest)),
+        data_version=dg.DataVersion(content_digest([content_digest(manifest), export.to_dict()])),
         metadata={
             "documents": float(manifest.height),
-            "tokens": float((manifest["n_tokens"] * manifest["times"]).sum()),
-            "domains": markdown_table(per_domain),
-            **{name: dg.MetadataValue.path(path) for name, path in paths.items()},
+            "tokens": float((manifest["n_tokens"] * manifest["copies"]).sum()),
+            "domains": markdown_table(export_rows(export)),
+            "folder": dg.MetadataValue.path(str(folder)),
         },
     )
 
 
-def export_rows(
-    manifest: pl.DataFrame, documents: pl.DataFrame, shares: dict[str, float]
-) -> list[dict]:
+def export_rows(export: Export) -> list[dict]:
     """Share, tokens and epochs of each domain, as exported."""
-    tokens = pl.col("n_tokens") * pl.col("times")
-    read = dict(manifest.group_by("domain").agg(tokens.sum()).iter_rows())
-    held = dict(documents.group_by("domain").agg(pl.col("n_tokens").sum()).iter_rows())
+    told = export.to_dict()
     return [
         {
             "domain": domain,
-            "share": share,
-            "tokens": int(read.get(domain, 0)),
-            "epochs": round(read.get(domain, 0) / held[domain], 3),
+            "share": told["weights"][domain],
+            "tokens": told["tokens"][domain],
+            "epochs": round(told["epochs"][domain], 3),
         }
-        for domain, share in shares.items()
+        for domain in export.domains
     ]

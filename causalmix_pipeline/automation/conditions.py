@@ -23,13 +23,29 @@ FOLLOW_DATA = (
     & dg.AutomationCondition.all_deps_blocking_checks_passed()
 )
 
+_BUSY = dg.AutomationCondition.will_be_requested() | dg.AutomationCondition.in_progress()
+
+#: As above, once nothing up to two steps above is being made or about to be. Otherwise new
+#: documents would be exported with the old mixture first, and again with the new one.
+FOLLOW_SETTLED_DATA = (
+    FOLLOW_DATA
+    & ~dg.AutomationCondition.any_deps_match(_BUSY)
+    & ~dg.AutomationCondition.any_deps_match(dg.AutomationCondition.any_deps_match(_BUSY))
+)
+
+#: What people and training runs read: it must never mix old and new.
+_READ_BY_OTHERS = ("training_export", "report")
+
+
+def condition_of(name: str) -> dg.AutomationCondition | None:
+    """The condition of an asset, None off the live side."""
+    if name not in LIVE_SIDE_NAMES:
+        return None
+    return FOLLOW_SETTLED_DATA if name in _READ_BY_OTHERS else FOLLOW_DATA
+
 
 def with_live_condition(asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
     """The asset, with the condition if it's on the live side."""
     return asset.map_asset_specs(
-        lambda spec: (
-            spec.replace_attributes(automation_condition=FOLLOW_DATA)
-            if spec.key.path[-1] in LIVE_SIDE_NAMES
-            else spec
-        )
+        lambda spec: spec.replace_attributes(automation_condition=condition_of(spec.key.path[-1]))
     )

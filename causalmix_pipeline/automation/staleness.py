@@ -18,6 +18,9 @@ from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_
 CODE_VERSION_TAG = "dagster/code_version"
 INPUT_VERSION_TAG = "dagster/input_data_version/"
 
+#: Runs made here tell their events to a function; the console would get hundreds of lines.
+QUIET_CONSOLE = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
+
 EventHandler = Callable[[dg.EventLogEntry], None]
 
 
@@ -122,6 +125,7 @@ def materialise(
     follower = _Follower(instance, run_id, on_event) if on_event else None
     try:
         return job.execute_in_process(
+            run_config=QUIET_CONSOLE,
             instance=instance,
             asset_selection=list(keys),
             run_id=run_id,

@@ -30,7 +30,7 @@ MINIMUM_OVERLAP_STATES = NEIGHBOURS + 2
 
 #: Exponent of the mean over domains. At 1 a shift of one domain drowns among the others (a shift by
 #: 3 standard deviations is `unsupported` in 1-17% of states), at 4 it doesn't (74-98%) and a shift
-#: of all domains is still seen (AUC .97 at 1 standard deviation, against .93 for the largest domain).
+#: of all domains is still seen (AUC .97 at 1 standard deviation, .93 for the farthest domain).
 DOMAIN_EXPONENT = 4.0
 
 #: Quantile of the runs' own distances up to which a state is `supported`.

@@ -41,7 +41,7 @@ class ProxyConfig:
     batch_size: int = _dial(4, "Windows of one step; >= 1.")
     steps: int = _dial(1000, "Optimiser steps of a run; more for a lower loss; >= 1.")
     learning_rate: float = _dial(0.02, "Peak learning rate of AdamW; scan it for each size; > 0.")
-    init_std: float = _dial(0.12, "Standard deviation of the first weights; scan it; > 0.")
+    init_std: float = _dial(0.05, "Standard deviation of the first weights; scan it; > 0.")
     weight_decay: float = _dial(0.05, "AdamW's decay, on matrices only; >= 0.")
     warmup_share: float = _dial(0.1, "Share of the steps in which the rate rises; in [0, 1).")
     final_lr_share: float = _dial(0.1, "Last rate over the peak, end of the cosine; in [0, 1].")

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causalmix_pipeline.adapters.document_scores import (
@@ -44,7 +44,7 @@ def test_characters_are_counted_by_kind():
     assert found["n_bytes"] == 9
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(UNICODE)
 def test_shares_are_those_of_a_slow_count(text):
     import unicodedata
@@ -102,7 +102,7 @@ def test_bits_are_those_of_the_formula_by_hand():
     np.testing.assert_allclose(bits_VV[3], bits_V, rtol=1e-6)  # never seen: unigrams alone
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=12), min_size=1, max_size=5))
 def test_probabilities_sum_to_one_after_every_token(documents):
     bits_V, bits_VV = PoolLanguageModel.fit([ids(*d) for d in documents], 6).bits_tables()

@@ -33,7 +33,7 @@ def test_every_name_makes_an_estimator_of_that_name(name):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="response_surface_blind.*got 'oracle'"):
+    with pytest.raises(ConfigError, match=r"response_surface_blind.*got 'oracle'"):
         make_estimator("oracle")
 
 

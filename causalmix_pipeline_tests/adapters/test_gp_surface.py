@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_finite_differences(runs, sees_state):
 
 
 def textbook(surface: ResponseSurface, runs: RunTable, task: str) -> tuple:
-    """Mean, gain and its variance from dense kernels written out pair by pair (GPML eq. 2.23-24)."""
+    """Mean, gain and variance from dense kernels written out pair by pair (GPML eq. 2.23-24)."""
     h = surface.parameters()["hyper_parameters"][task]
     importance_D = np.array([h[f"importance:{name}"] for name in runs.domains])
     weight_P = np.array([h[f"weight:{name}"] for name in runs.covariates]) / len(runs.covariates)
@@ -89,7 +89,8 @@ def textbook(surface: ResponseSurface, runs: RunTable, task: str) -> tuple:
             + h["state_smooth"] * np.exp(-np.mean(far_D) / 2 / h["state_length"] ** 2)
         )
 
-    train = [(np.sqrt(t), scaler.transform(x)) for t, x in zip(runs.mixture_ND, runs.state_NDP, strict=True)]
+    scaled_NDP = scaler.transform(runs.state_NDP)
+    train = list(zip(np.sqrt(runs.mixture_ND), scaled_NDP, strict=True))
     new_z = scaler.transform(NEW_STATE_DP)
     new = [(np.sqrt(t), new_z) for t in np.vstack([EQUAL_D, MIXTURE_MD[:5]])]
     covariance_NN = np.array([[kernel(*a, *b) for b in train] for a in train])

@@ -68,9 +68,7 @@ def test_row_order_changes_nothing_bitwise(runs):
 
     first, second = (LightGBMSurface(n_trees=50).fit(r) for r in (runs, shuffled))
 
-    assert np.array_equal(
-        first.predict(STATE_DP, MIXTURE_MD), second.predict(STATE_DP, MIXTURE_MD)
-    )
+    assert np.array_equal(first.predict(STATE_DP, MIXTURE_MD), second.predict(STATE_DP, MIXTURE_MD))
 
 
 def test_the_state_without_covariates_is_refused():

@@ -112,8 +112,8 @@ def test_a_run_has_the_same_bits_whatever_it_is_stacked_with(trained, tmp_path):
         assert bits(store.get(spec.key)) == bits(trained.store.get(spec.key))
 
 
-def test_worker_processes_resume_what_is_missing_with_the_same_bits(trained, tmp_path):
-    """Two runs are there; the two others are trained by two workers, and a third call by none."""
+def test_another_process_resumes_what_is_missing_with_the_same_bits(trained, tmp_path):
+    """Two runs are there; a worker trains the two others, and a third call trains none."""
     store = untrained_copy(trained, tmp_path / "other")
     for spec in trained.specs[:2]:
         record = trained.store.get(spec.key)
@@ -121,32 +121,17 @@ def test_worker_processes_resume_what_is_missing_with_the_same_bits(trained, tmp
         store.put(record)
     before = [store.path_of(spec.key).stat().st_mtime_ns for spec in trained.specs[:2]]
     done: list[ProxyRecord] = []
+    backend = LocalBackend(store, n_workers=1, models_per_stack=4)
 
-    backend = LocalBackend(store, n_workers=2, models_per_stack=1)
     backend.train([*trained.specs, trained.specs[0]], done.extend)
 
-    assert sorted(r.key for r in done) == sorted(spec.key for spec in trained.specs[2:])
+    assert [record.key for record in done] == [spec.key for spec in trained.specs[2:]]
     assert [store.path_of(s.key).stat().st_mtime_ns for s in trained.specs[:2]] == before
-    assert store.missing(trained.specs) == []
     for spec in trained.specs:
-        # A stack of one instead of four: another tensor shape, equal to rounding.
-        ours, theirs = store.get(spec.key), trained.store.get(spec.key)
-        assert ours is not None
-        assert theirs is not None
-        for task, nats in ours.nats_per_token.items():
-            assert nats == pytest.approx(theirs.nats_per_token[task], rel=1e-4)
+        assert bits(store.get(spec.key)) == bits(trained.store.get(spec.key))
     done.clear()
     backend.train(trained.specs, done.extend)
     assert done == []
-
-
-def test_another_process_gives_the_same_bits(trained, tmp_path):
-    store = untrained_copy(trained, tmp_path / "other")
-
-    LocalBackend(store, n_workers=1, models_per_stack=4).train(trained.specs, lambda _: None)
-
-    for spec in trained.specs:
-        assert bits(store.get(spec.key)) == bits(trained.store.get(spec.key))
 
 
 def test_growing_the_design_leaves_exactly_the_new_runs_to_train(trained, tmp_path):

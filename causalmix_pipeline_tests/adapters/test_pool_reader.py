@@ -8,7 +8,7 @@ import random
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causalmix_pipeline.adapters import pool_reader
@@ -304,7 +304,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
     assert reasons(tmp_path)[0][2].startswith("not readable: ")
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=80)
 @given(st.lists(st.binary(max_size=40), max_size=6))
 def test_any_bytes_end_in_documents_or_reasons(tmp_path_factory, lines):
     root = tmp_path_factory.mktemp("pool")

@@ -7,6 +7,8 @@ import pytest
 
 from causalmix_pipeline.adapters.report_html import (
     FRAME_COLUMNS,
+    MINUS,
+    UNKNOWN,
     VERDICTS,
     ReportData,
     _Axis,
@@ -84,7 +86,7 @@ TOP_UP = pl.DataFrame(
 class _Tags(HTMLParser):
     """Collects tags, attributes and text, and that every tag is closed in order."""
 
-    VOID = {"meta", "rect", "circle", "line", "br"}
+    VOID = ("meta", "rect", "circle", "line", "br")
 
     def __init__(self, html: str):
         super().__init__()
@@ -288,17 +290,21 @@ def test_a_value_on_the_border_of_the_states_is_inside():
     assert _beyond(row) == 0
     assert _beyond({"live": 0.4, "states": [0.1, 0.3]}) == pytest.approx(0.5)
     assert _beyond({"live": 0.4, "states": []}) == 0
-    assert _beyond({"live": 0.4, "states": [0.3, 0.3]}) > 0
+    assert _beyond({"live": 0.4, "states": [0.3, 0.3]}) == 1
 
 
 def test_numbers_read_as_people_write_them():
     assert [_share_text(x) for x in (0.005, 0.072, 0.0996, 0.34)] == ["0.5%", "7.2%", "10%", "34%"]
-    assert [_signed_text(x) for x in (0.0461, -0.0123, None)] == ["+0.046", "−0.012", "–"]
+    assert [_signed_text(x) for x in (0.0461, -0.0123, None)] == [
+        "+0.046",
+        f"{MINUS}0.012",
+        UNKNOWN,
+    ]
     assert [_number_text(x) for x in (0.0, 0.1234, 5.678, 12.34, 345.6)] == [
         "0.000", "0.123", "5.68", "12.3", "346",
     ]  # fmt: skip
     assert [_number_text(x) for x in (None, float("nan"), float("inf"), 1.2e-5)] == [
-        "–", "–", "∞", "1.2e-05",
+        UNKNOWN, UNKNOWN, "∞", "1.2e-05",
     ]  # fmt: skip
     assert [_tokens_text(x) for x in (900, 3_210_000, 2e9, 1.5e13)] == [
         "900", "3.21 million", "2 billion", "15 trillion",

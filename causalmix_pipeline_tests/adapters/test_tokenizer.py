@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causalmix_pipeline.adapters.tokenizer import (
@@ -44,7 +44,7 @@ def test_frequent_words_become_one_token():
     assert len(encode_texts(TOKENIZER, [" the the the"])[0]) == 3
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80))
 def test_any_text_is_encoded_and_decoded_without_loss(text):
     ids = encode_texts(TOKENIZER, [text])[0]
@@ -161,7 +161,7 @@ def cut_slowly(documents: list[list[int]], length: int) -> list[list[int]]:
     return windows
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=80)
 @given(
     st.lists(st.lists(st.integers(1, 500), max_size=12), min_size=1, max_size=6),
     st.data(),

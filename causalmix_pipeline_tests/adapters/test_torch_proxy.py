@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from causalmix_pipeline.adapters import stacked_qwen2
+from causalmix_pipeline.adapters import stacked_qwen2, torch_proxy
 from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2, transformers_config
 from causalmix_pipeline.adapters.torch_proxy import _AdamW, models_that_fit, train_stack
 from causalmix_pipeline.core.errors import ProxyError
@@ -102,10 +102,15 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize(
-    "config", [ProxyConfig(steps=32), DEEP], ids=["one layer, one head", "two layers, two heads"]
+    "config",
+    [ProxyConfig(steps=32, init_std=0.12), DEEP],
+    ids=["one layer, one head", "two layers, two heads"],
 )
 def test_losses_equal_those_of_the_transformers_model(config):
-    """Another forward pass, autograd and torch's own optimiser, from the same weights and data."""
+    """Another forward pass, autograd and torch's own optimiser, from the same weights and data.
+
+    Training multiplies roundings: from small first weights (.05) the two are 1e-4 apart by step 32.
+    """
     batches = draw_batches(config, 2)
     model = transformers_model(config, StackedQwen2(config, 1))
 
@@ -267,6 +272,12 @@ def test_a_model_that_ends_worse_than_guessing_is_flagged_and_keeps_its_numbers(
     assert result.train_loss_KS[0, -1] > np.log(config.vocab_size) + 1
 
 
+def test_a_model_that_can_not_be_scored_is_flagged():
+    loss_KS, nats_K = np.ones((2, 3)), np.array([5.0, np.nan])
+
+    assert torch_proxy._diverged(TINY, loss_KS, {"math": nats_K}).tolist() == [False, True]
+
+
 def test_each_models_gradient_is_clipped_by_its_own_norm():
     stack = StackedQwen2(TINY, 2)
     for gradient in stack.flat_gradients.values():
@@ -302,6 +313,17 @@ def test_a_loss_is_the_same_in_one_chunk_and_in_many(monkeypatch):
 
     np.testing.assert_allclose(chunked.train_loss_KS, whole.train_loss_KS, atol=1e-5)
     np.testing.assert_allclose(chunked.eval_nats["all"], whole.eval_nats["all"], rtol=1e-5)
+
+
+def test_training_follows_the_schedule_step_by_step():
+    """The average of each stretch, against the same steps made one by one at their own rates."""
+    config = ProxyConfig(**{**TINY.to_dict(), "steps": 40})
+    batches = draw_batches(config, 2)
+
+    by_step, _ = losses_by_step(config, batches)
+
+    averaged = by_step.astype(np.float64).reshape(20, 2, 2).mean(axis=1).T
+    np.testing.assert_allclose(train(config, batches).train_loss_KS, averaged, rtol=1e-12)
 
 
 def test_progress_tells_finished_steps_and_losses():
@@ -385,7 +407,9 @@ def test_memory_grows_by_the_same_for_each_model_and_a_stack_that_fits_stays_wit
 
     stack = StackedQwen2(DEEP, n_models)
     stack.loss_and_gradients(draw_batches(DEEP, n_models)[0])
+    activations = n_models * DEEP.batch_size * DEEP.sequence_length * 4 * DEEP.hidden * 4
     assert n_models > 2
+    assert stack.bytes_held > 16 * n_models * DEEP.n_parameters + activations
     assert 0.7 * n_bytes < stack.bytes_held <= 0.9 * n_bytes
 
 

@@ -75,7 +75,17 @@ def test_each_asset_of_the_live_side_is_made_once_for_one_change(world):
 
     waves = world.settle(dict.fromkeys(LIVE_SIDE_NAMES, "2"))
 
-    assert sum(map(len, waves)) <= len(LIVE_SIDE_NAMES) + 1  # the report has two ways to it
+    assert sum(map(len, waves)) == len(LIVE_SIDE_NAMES)
+
+
+def test_the_export_never_joins_new_documents_with_an_old_mixture(world):
+    """It depends on both; it waits for the mixture that the new documents lead to."""
+    world.make("live_pool", "2")
+
+    waves = world.settle(dict.fromkeys(LIVE_SIDE_NAMES, "2"))
+
+    assert waves[-1] == {"training_export", "report"}
+    assert "recommended_mixture" in waves[-2]
 
 
 def test_documents_of_the_same_content_end_at_the_profile(world):

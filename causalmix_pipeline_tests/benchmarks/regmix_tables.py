@@ -2,9 +2,9 @@
 
     python -m causalmix_pipeline_tests.benchmarks.regmix_tables FOLDER [runs ...]
 
-FOLDER holds train_mixture_1m.csv, train_pile_loss_1m.csv and the two of test; it is not part of the
-project, and without it the script says so and stops. Prints Spearman x100 on the 256 test runs after
-fitting the first 512 (or `runs`) training runs, per target and as the mean of the targets.
+FOLDER holds train_mixture_1m.csv, train_pile_loss_1m.csv and the two of test; it is not part of
+the project, and without it the script says so and stops. Prints Spearman x100 on the 256 test runs
+after fitting the first 512 (or `runs`) training runs, per target and as the mean of the targets.
 """
 
 import sys

@@ -111,9 +111,7 @@ def test_a_fold_never_splits_a_state(runs):
 def test_folds_follow_the_state_and_not_the_row(runs):
     order = np.random.default_rng(0).permutation(runs.n_runs)
 
-    assert np.array_equal(
-        assign_folds(runs, 5, 7)[order], assign_folds(runs.subset(order), 5, 7)
-    )
+    assert np.array_equal(assign_folds(runs, 5, 7)[order], assign_folds(runs.subset(order), 5, 7))
 
 
 def test_row_order_does_not_change_the_scores(runs):

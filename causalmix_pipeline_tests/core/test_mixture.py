@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, kstest
 
@@ -22,7 +22,7 @@ from causalmix_pipeline.core.mixture import (
 )
 
 #: No deadline: the machine that runs the tests may be busy.
-property_of = settings(deadline=None, max_examples=60)
+property_of = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 SHARES = st.one_of(st.just(0.0), st.floats(1e-6, 1.0))
 
 

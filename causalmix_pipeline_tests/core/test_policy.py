@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causalmix_pipeline.core.effects import EffectEstimator, Gain
@@ -145,7 +145,7 @@ def test_a_recommendation_is_inside_every_constraint(policy, theta):
     assert best.slack["slack"].min() >= -1e-9
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.floats(0.005, 2.0))
 def test_whatever_is_projected_ends_inside(point, radius):
     constraints = replace(CONSTRAINTS, trust_radius=radius)

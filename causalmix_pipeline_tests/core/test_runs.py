@@ -126,7 +126,7 @@ def test_a_negative_share_is_refused_although_the_sum_is_one(runs):
     mixture_ND = runs.mixture_ND.copy()
     mixture_ND[2] = [-0.1, 0.6, 0.5]
 
-    with pytest.raises(EstimationError, match="least share -0.1"):
+    with pytest.raises(EstimationError, match=r"least share -0\.1"):
         replace(runs, mixture_ND=mixture_ND)
 
 

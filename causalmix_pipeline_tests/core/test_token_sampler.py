@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causalmix_pipeline.core.token_sampler import domain_schedule, window_counts, window_schedule
 
 #: No deadline: the machine that runs the tests may be busy.
-property_of = settings(deadline=None, max_examples=60)
+property_of = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 MIXTURES = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=2, max_size=8).filter(
     lambda shares: sum(shares) > 0
 )

@@ -184,7 +184,7 @@ while True:
 def test_a_writer_killed_at_any_moment_leaves_a_whole_value(tmp_path):
     path = tmp_path / "a.parquet"
     rng = np.random.default_rng(0)
-    for _ in range(4):
+    for _ in range(2):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
         )

@@ -1,0 +1,291 @@
+import contextlib
+import io
+import multiprocessing
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+
+from causalmix_pipeline.cli import app, main, ui_command
+from causalmix_pipeline.core.errors import ConfigError, PoolError
+from causalmix_pipeline.workspace import find_config, hold_project, root_cause
+from causalmix_pipeline_tests.conftest import write_documents
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["demo", "plan", "refresh", "status", "init", "ui", "doctor"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Commands look for settings where they are called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """Run a command in this process; its exit status and what it printed, on one line."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = main(list(arguments))
+    return status, " ".join(out.getvalue().split())
+
+
+def change_settings(path: Path, **sections) -> None:
+    raw = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(raw | sections))
+
+
+def test_the_commands_are_these():
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
+        COMMANDS
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_stands_in_the_readme(command):
+    status, text = call(command, "--help")
+
+    assert status == 0
+    assert "Usage: causalmix" in text
+    assert f"causalmix {command}" in (ROOT / "README.md").read_text()
+
+
+def test_help_loads_nothing_heavy():
+    """A person who asks for help waits for no torch and no Dagster."""
+    code = (
+        "import sys; from causalmix_pipeline.cli import main; main(['--help']);"
+        "print([m for m in ('torch', 'dagster', 'econml', 'polars') if m in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+def test_init_writes_settings_once(tmp_path):
+    assert call("init")[0] == 0
+    assert "pools:" in (tmp_path / "causalmix.yaml").read_text()
+
+    status, text = call("init")
+
+    assert status == 2
+    assert "causalmix.yaml must not exist yet" in text
+
+
+def test_a_missing_settings_file_is_a_message():
+    status, text = call("refresh")
+
+    assert status == 2
+    assert "causalmix.yaml must be a settings file, got no file" in text
+    assert "Traceback" not in text
+
+
+def test_a_wrong_setting_is_named(project_file):
+    change_settings(project_file, policy={"max_epochs": -1})
+
+    status, text = call("status", "--config", str(project_file))
+
+    assert status == 2
+    assert "policy.max_epochs must be > 0, got -1" in text
+
+
+def test_an_unknown_option_is_a_message():
+    status, text = call("refresh", "--nonsense")
+
+    assert status == 2
+    assert "No such option" in text
+    assert "Traceback" not in text
+
+
+def test_an_unknown_preset_is_refused():
+    status, text = call("demo", "--preset", "huge")
+
+    assert status == 2
+    assert "--preset must be tests, demo or study, got 'huge'" in text
+
+
+def test_an_unexpected_error_leaves_its_trace_in_a_file(tmp_path, project_file):
+    """Never a bare traceback on the screen: here `data` is a file where a folder should be."""
+    change_settings(project_file, data_dir="causalmix.yaml/x")
+
+    status, text = call("status", "--config", str(project_file))
+
+    assert status == 1
+    assert "an unexpected error, which is a bug: " in text
+    assert 'File "' not in text
+    assert "Traceback" in (tmp_path / "data" / "logs" / "error.txt").read_text()
+
+
+def test_a_project_without_tasks_says_so(project_file):
+    change_settings(project_file, tasks=[])
+
+    status, text = call("plan", "--config", str(project_file))
+
+    assert status == 2
+    assert "tasks must hold at least one task" in text
+
+
+def test_doctor_passes_a_sound_project(project_file):
+    status, text = call("doctor", "--config", str(project_file))
+
+    assert status == 0, text
+    assert "180 documents in 3 domains, 0 rows refused" in text
+    assert "20 documents, weight 0.7" in text
+    assert "wrong" not in text
+
+
+def test_doctor_finds_what_is_wrong(project_file):
+    for path in (project_file.parent / "live").rglob("*.jsonl"):
+        path.unlink()
+    (project_file.parent / "eval" / "math.jsonl").unlink()
+
+    status, text = call("doctor", "--config", str(project_file))
+
+    assert status == 2
+    assert "holds no .jsonl or .parquet file" in text
+    assert "path must be a file with held-out text" in text
+
+
+def test_doctor_works_without_settings():
+    status, text = call("doctor")
+
+    assert status == 2
+    assert "Python ok" in text
+    assert "settings wrong" in text
+
+
+def test_plan_prices_the_runs_before_any_is_trained(project_file):
+    status, text = call("plan", "--config", str(project_file))
+
+    assert status == 0, text
+    assert re.search(r"proxy runs 18 to train 18", text)
+    assert "Train them: causalmix refresh --train" in text
+    assert not list(project_file.parent.rglob("run_store/runs/*/*.json"))
+
+
+def test_a_plan_of_finished_runs_has_nothing_to_train(finished):
+    status, text = call("plan", "--config", str(finished))
+
+    assert status == 0, text
+    assert "to train 0" in text
+    assert "Nothing to train" in text
+
+
+def test_a_refresh_of_an_unchanged_pool_does_nothing(finished):
+    status, text = call("refresh", "--config", str(finished))
+
+    assert status == 0, text
+    assert "Re-materialised: nothing, all was up to date." in text
+    assert "proxy runs trained: 0" in text
+
+
+def test_a_refresh_of_a_changed_pool_makes_the_live_side_and_trains_nothing(finished):
+    """The promise of the project, from a real command line; Dagster's log stays off the screen."""
+    live = finished.parent / "live" / "math" / "added.jsonl"
+    write_documents(live, "math", n=12, n_words=90, seed=9)
+
+    command = [sys.executable, "-m", "causalmix_pipeline.cli", "refresh", "-c", str(finished)]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    text = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 0, text
+    made = re.search(r"Re-materialised: (.*?)\. proxy", text)
+    assert made and sorted(made[1].split(", ")) == [
+        "baseline_mixtures", "live_covariates", "live_documents", "recommended_mixture", "report",
+        "training_export",
+    ]  # fmt: skip
+    assert "proxy runs trained: 0" in text
+    assert "Overlap verdict: " in text
+    assert "RUN_START" not in text
+    assert "RUN_SUCCESS" in next(finished.parent.rglob("causalmix.log")).read_text()
+
+
+def test_a_refresh_never_trains_unasked(project_file):
+    status, text = call("refresh", "--config", str(project_file))
+
+    assert status == 2
+    assert "causalmix refresh --train" in text
+    assert not list(project_file.parent.rglob("run_store/runs/*/*.json"))
+
+
+def test_status_names_what_is_stale_and_why(finished):
+    live = finished.parent / "live" / "math" / "added.jsonl"
+    write_documents(live, "math", n=12, n_words=90, seed=9)
+
+    status, text = call("status", "--config", str(finished))
+
+    assert status == 0, text
+    assert "live_documents live_pool changed" in text
+    assert "recommended_mixture perhaps stale" in text
+    assert "proxy_runs up to date" in text
+    assert "validation_runs on request" in text
+    assert "Finished proxy runs in the run store: 18" in text
+
+
+def test_status_of_a_new_project_says_that_nothing_was_made(project_file):
+    status, text = call("status", "--config", str(project_file))
+
+    assert status == 0, text
+    assert "tokenizer never made" in text
+    assert "Nothing was recommended yet." in text
+
+
+def _hold(folder: Path, ready, done) -> None:
+    with hold_project(folder):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_commands_never_work_on_one_project(project_file):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    folder = project_file.parent / "data"
+    holder = context.Process(target=_hold, args=(folder, ready, done))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        status, text = call("status", "--config", str(project_file))
+    finally:
+        done.set()
+        holder.join()
+
+    assert status == 2
+    assert f"another causalmix command works on it (process {holder.pid})" in text
+    with hold_project(folder):
+        pass
+
+
+def test_the_demos_settings_are_used_where_there_are_no_others(tmp_path):
+    assert find_config(None) == Path("causalmix.yaml")
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo.yaml").write_text("")
+    assert find_config(None) == Path("data/demo.yaml")
+
+    (tmp_path / "causalmix.yaml").write_text("")
+    assert find_config(None) == Path("causalmix.yaml")
+    assert find_config(Path("other.yaml")) == Path("other.yaml")
+
+
+def test_an_error_of_ours_is_found_inside_dagsters():
+    try:
+        try:
+            raise PoolError("the folder is empty")
+        except PoolError as inner:
+            raise dg.DagsterInvariantViolationError("step failed") from inner
+    except dg.DagsterInvariantViolationError as outer:
+        assert str(root_cause(outer)) == "the folder is empty"
+    assert root_cause(ValueError("other")) is None
+    assert isinstance(root_cause(ConfigError("own")), ConfigError)
+
+
+def test_the_ui_listens_on_this_machine_only():
+    command = ui_command(3456)
+
+    assert command[command.index("-h") + 1] == "127.0.0.1"
+    assert command[command.index("-p") + 1] == "3456"
+    assert "causalmix_pipeline.definitions" in command

@@ -1,0 +1,191 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from causalmix_pipeline.console import (
+    Work,
+    before_after_table,
+    estimator_table,
+    gain_text,
+    minutes,
+    mixture_table,
+    moved_table,
+    print_binding,
+    print_gain,
+    print_verdict,
+    signal_table,
+    top_up_table,
+)
+
+
+def recommended(**changes) -> dict:
+    """A recommendation as the asset keeps it: two domains, two tasks."""
+    value = {
+        "domains": ["math", "talk"],
+        "mixtures": {
+            "recommended": [0.7, 0.3],
+            "equal": [0.5, 0.5],
+            "natural": [0.4, 0.6],
+            "regmix": [0.6, 0.4],
+            "reference": [0.4, 0.6],
+        },
+        "reference_name": "natural",
+        "verdict": "supported",
+        "overlap_score": 0.8,
+        "gain": 0.1,
+        "low": 0.05,
+        "high": 0.15,
+        "gains": [
+            {"mixture": "recommended", "gain": 0.1, "low": 0.05, "high": 0.15},
+            {"mixture": "equal", "gain": -0.02, "low": None, "high": None},
+            {"mixture": "natural", "gain": -0.0, "low": 0.0, "high": 0.0},
+            {"mixture": "regmix", "gain": 0.04, "low": 0.0, "high": 0.08},
+        ],
+        "task_gains": [
+            {"task": "solve", "weight": 0.8, "reference_bits_per_byte": 2.0},
+            {"task": "chat", "weight": 0.2, "reference_bits_per_byte": 3.0},
+        ],
+        "slack": [{"constraint": "trust region", "binds": True}],
+        "top_up": [{"share__math": 0.9, "share__talk": 0.1}] * 6,
+    }
+    return value | changes
+
+
+def printed(*things) -> str:
+    out = Console(file=io.StringIO(), width=110, highlight=False)
+    for thing in things:
+        thing(out) if callable(thing) else out.print(thing)
+    return " ".join(out.file.getvalue().split())
+
+
+def test_the_reference_is_named_once_and_gains_nothing_over_itself():
+    text = printed(mixture_table(recommended()))
+
+    assert "natural (reference)" in text
+    assert text.count("reference") == 1
+    assert "-0.000" not in text
+
+
+def test_every_mixture_stands_beside_the_recommended_one():
+    text = printed(mixture_table(recommended()))
+
+    assert "math 70.0% 40.0% 50.0% 60.0%" in text
+    assert "+0.100 0 -0.020 +0.040" in text
+
+
+def test_an_unsupported_pool_promises_no_gain():
+    value = recommended(verdict="unsupported", overlap_score=9.0)
+
+    text = printed(mixture_table(value), lambda out: print_gain(out, value))
+
+    assert "+0.1" not in text
+    assert "No gain is promised." in text
+
+
+def test_a_gain_is_put_beside_the_loss_of_the_tasks_that_count():
+    """Loss .8 x 2 + .2 x 3 = 2.2; .1 of it is 4.5%."""
+    text = printed(lambda out: print_gain(out, recommended()))
+
+    assert "+0.100 (+0.050 to +0.150) bits per byte" in text
+    assert "4.5% of the loss of the tasks that count (solve, chat), 2.200 bits" in text
+
+
+@pytest.mark.parametrize("verdict", ["supported", "extrapolating", "unsupported"])
+def test_a_verdict_is_told_in_words(verdict):
+    text = printed(lambda out: print_verdict(out, recommended(verdict=verdict)))
+
+    assert text.startswith(f"Overlap verdict: {verdict}: ")
+    assert "Distance 0.80" in text
+
+
+def test_what_binds_is_named():
+    free = recommended(slack=[{"constraint": "trust region", "binds": False}])
+
+    assert "What holds it back: trust region." in printed(
+        lambda out: print_binding(out, recommended())
+    )
+    assert "No constraint holds it back." in printed(lambda out: print_binding(out, free))
+
+
+def test_markup_in_names_is_shown_as_it_is():
+    value = recommended(domains=["[red]x[/red]", "talk"])
+    value["top_up"] = [{"share__[red]x[/red]": 0.9, "share__talk": 0.1}]
+
+    assert "[red]x[/red]" in printed(mixture_table(value))
+    assert "[red]x[/red]" in printed(top_up_table(value))
+    assert "[red]x[/red]" in printed(before_after_table(value, value))
+
+
+def test_a_top_up_plan_shows_its_first_runs():
+    text = printed(top_up_table(recommended()))
+
+    assert text.count("90.0% 10.0%") == 4
+
+
+def test_the_mixture_before_and_after_shows_the_change():
+    after = recommended(mixtures=recommended()["mixtures"] | {"recommended": [0.5, 0.5]})
+
+    assert "math 70.0% 50.0% -20.0" in printed(before_after_table(recommended(), after))
+
+
+def test_a_move_is_told_in_standard_deviations():
+    row = {"domain": "math", "covariate": "log2_tokens", "before": 14.0, "after": 15.0}
+
+    assert "math log2_tokens 14 15 +2.5 sd" in printed(moved_table([row | {"moved": 2.5}]))
+
+
+def test_unknown_numbers_are_said_to_be_unknown():
+    floor = {"task": "solve", "ratio": None, "above_noise": None}
+    score = {"task": "solve", "estimator": "regmix", "chosen": True, "r2_within": 0.5,
+             "r2_within_se": 0.1, "spearman": 0.7, "spearman_se": 0.05, "coverage_90": None,
+    }  # fmt: skip
+
+    assert "solve unknown unknown" in printed(signal_table({"noise_floor": [floor]}))
+    assert "regmix (answers) 0.50 ± 0.10 0.700 ± 0.050 none" in printed(
+        estimator_table({"scores": [score, score | {"task": "other"}]}, ["solve"])
+    )
+    assert gain_text({"gain": None, "low": None, "high": None}) == "unknown"
+
+
+class Entry:
+    """A log entry: a step that starts or ends, or a message."""
+
+    def __init__(self, step, message="", *, starts=False, ends=False):
+        self.step_key, self.user_message = step, message
+        self.dagster_event = self if starts or ends else None
+        self.is_step_start, self.is_step_success = starts, ends
+
+
+def test_the_remaining_time_falls_as_steps_end():
+    work = Work(["tokenizer", "cate_model"])
+    whole = work.seconds_left
+    work.on_event(Entry("tokenizer", starts=True))
+    assert work.what == "tokenizer"
+
+    work.on_event(Entry("tokenizer", ends=True))
+
+    assert work.seconds_left < whole
+    assert 0 < work.done_share < 1
+
+
+def test_training_says_how_many_runs_are_done_and_how_long_the_rest_takes():
+    """The step of a graph is named with its graph before a dot."""
+    work = Work(["train_proxy_runs"])
+
+    line = "progress: 40 of 136 proxy runs trained, 33 s left"
+    work.on_event(Entry("proxy_runs.train_proxy_runs", line))
+
+    assert work.what == "proxy runs trained 40/136"
+    assert work.seconds_left == 33
+
+
+def test_nothing_to_do_is_done():
+    assert Work([]).done_share == 1
+    work = Work(["x"])
+    work.on_event(Entry("x", ends=True))
+    assert work.done_share == 1
+
+
+def test_times_are_told_as_people_say_them():
+    assert [minutes(s) for s in (0.4, 59.4, 60, 200)] == ["0 s", "59 s", "1 min 00 s", "3 min 20 s"]
