@@ -14,8 +14,9 @@ def cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value).replace("|", "\\|").replace("\n", " ")
-    return text if len(text) <= 40 else text[:37] + "..."
+    text = " ".join(str(value).split())
+    short = text if len(text) <= 40 else text[:37] + "..."
+    return short.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> dg.MarkdownMetadataValue:

@@ -27,6 +27,9 @@ from causalmix_pipeline.resources.frame_store import (
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observed_version
 from causalmix_pipeline.resources.project import Project
 
+#: Fewest documents of a domain that pool states are drawn from.
+MIN_DOCUMENTS = 20
+
 #: What is kept of a scored document, by its content; the rest depends on the pool around it.
 SCORE_COLUMNS = ["document_id", "n_bytes", "n_tokens"] + [
     name for name in METRICS if name not in ("near_duplicate", "bytes_per_token")
@@ -162,6 +165,12 @@ def tokenizer(
     """
     pool = read_adopted_pool(context, project)
     domains = project.settings.domains or pool.documents["domain"].unique().sort().to_list()
+    if len(domains) < 2:
+        raise PoolError(
+            f"pools.experiment must hold two domains or more, got {domains}: with one there is "
+            "nothing to mix. Put documents of another domain into a folder of their own, or name "
+            "the column in columns.domain."
+        )
     fitted = PoolTokenizer.fit(
         pool.documents["text"].to_list(), vocab_size=project.settings.proxy.to_config().vocab_size
     )
@@ -188,7 +197,8 @@ def tokenizer(
             "enough_documents",
             asset="experiment_documents",
             blocking=True,
-            description="Two domains or more, each with 20 documents or more.",
+            description=f"Every domain has {MIN_DOCUMENTS} documents or more: with fewer, pool "
+            "states hardly differ.",
         )
     ],
 )
@@ -205,7 +215,7 @@ def experiment_documents(
     documents, encoded, n_new = score_pool(project, pool, fitted, noise_seed=noise_seed)
     tokens_hash = write_token_store(project.run_store, documents, encoded, fitted)
     documents = documents.with_columns(tokens_hash=pl.lit(tokens_hash))
-    least = min(row["documents"] for row in domain_rows(documents))
+    least = min(domain_rows(documents), key=lambda row: row["documents"])
     return dg.MaterializeResult(
         value=documents,
         data_version=dg.DataVersion(content_digest(documents)),
@@ -213,8 +223,10 @@ def experiment_documents(
         check_results=[
             dg.AssetCheckResult(
                 check_name="enough_documents",
-                passed=len(tokenizer["domains"]) >= 2 and least >= 20,
-                metadata={"domains": len(tokenizer["domains"]), "fewest documents": least},
+                passed=least["documents"] >= MIN_DOCUMENTS,
+                description=f"every domain must have {MIN_DOCUMENTS} documents or more; the "
+                f"smallest is {least['domain']!r}, got {least['documents']}: add documents, or "
+                "leave it out of `domains`.",
             )
         ],
     )

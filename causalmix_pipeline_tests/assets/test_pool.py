@@ -7,8 +7,10 @@ import polars as pl
 import pytest
 
 from causalmix_pipeline.assets import pool
+from causalmix_pipeline.automation.staleness import materialise
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.pool_state import COVARIATES
+from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.frame_store import FrameStore, read_value
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
 from causalmix_pipeline.resources.project import Project
@@ -147,20 +149,31 @@ def test_a_small_domain_fails_the_check_before_anything_is_trained(profile):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
     observe_pool(profile.instance, profile.settings, EXPERIMENT_POOL)
 
-    profile.run("tokenizer", "experiment_documents")
+    with pytest.raises(dg.DagsterError, match="enough_documents"):
+        profile.run("tokenizer", "experiment_documents")
 
-    records = profile.instance.event_log_storage.get_latest_asset_check_execution_by_key(
-        [dg.AssetCheckKey(dg.AssetKey("experiment_documents"), "enough_documents")]
-    )
-    (record,) = records.values()
-    assert record.event.dagster_event.asset_check_evaluation_data.passed is False
-    assert record.event.dagster_event.asset_check_evaluation_data.blocking
+    key = dg.AssetCheckKey(dg.AssetKey("experiment_documents"), "enough_documents")
+    records = profile.instance.event_log_storage.get_latest_asset_check_execution_by_key([key])
+    evaluation = records[key].event.dagster_event.asset_check_evaluation_data
+    assert not evaluation.passed
+    assert "'math'" in evaluation.description
+    assert "got 10" in evaluation.description
+
+
+def test_a_pool_of_one_domain_is_refused(profile):
+    for domain in ("math", "code"):
+        for path in (profile.root / "experiment" / domain).iterdir():
+            path.unlink()
+    observe_pool(profile.instance, profile.settings, EXPERIMENT_POOL)
+
+    with pytest.raises(PoolError, match=r"two domains or more, got \['talk'\]"):
+        profile.run("tokenizer")
 
 
 def test_a_person_can_observe_the_live_pool(profile):
-    result = dg.materialize(
-        [pool.live_pool], instance=profile.instance, resources={"project": profile.project}
-    )
+    definitions = build_definitions(profile.root / "causalmix.yaml")
+
+    result = materialise(definitions, profile.instance, [LIVE_POOL])
 
     assert result.success
     assert profile.instance.fetch_observations(LIVE_POOL, limit=1).records

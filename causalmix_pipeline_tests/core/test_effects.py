@@ -183,6 +183,14 @@ def test_an_outlier_is_found_where_most_outcomes_are_equal(runs):
     assert flag_outliers(replace(runs, outcome_NT=outcome_NT))["run_id"].to_list() == ["run_00005"]
 
 
+def test_a_wide_unit_makes_no_outlier_where_most_outcomes_are_equal(runs):
+    """More than half at zero: the median distance is 0 and can't be the yardstick."""
+    outcome_NT = np.zeros_like(runs.outcome_NT)
+    outcome_NT[:40, 0] = np.linspace(100, 1000, 40)
+
+    assert flag_outliers(replace(runs, outcome_NT=outcome_NT)).height == 0
+
+
 def test_good_runs_have_no_outlier(runs):
     assert flag_outliers(runs).height == 0
 

@@ -237,7 +237,8 @@ def test_the_order_of_documents_in_the_frame_does_not_change_a_states_name():
     place = np.argsort(order)
     shuffled = DOCUMENTS[order.tolist()]
 
-    moved = Membership(place[membership.rows], membership.copies)
+    rows = place[membership.rows]
+    moved = Membership(np.sort(rows), membership.copies[np.argsort(rows)])
 
     assert hash_of(moved, shuffled) == hash_of(membership, DOCUMENTS)
 

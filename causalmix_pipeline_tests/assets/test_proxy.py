@@ -1,0 +1,118 @@
+"""The experiment side of a finished project: what was made, and what a change trains."""
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+
+from causalmix_pipeline.assets.design import design_of, specs_of
+from causalmix_pipeline.assets.proxy import read_records, records_frame, records_of
+from causalmix_pipeline.automation.jobs import EXPERIMENT_SIDE, VALIDATION
+from causalmix_pipeline.automation.staleness import refresh, stale_assets
+from causalmix_pipeline.core.errors import ConfigError, ProxyError
+from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.definitions import build_definitions
+from causalmix_pipeline.resources.frame_store import read_value
+from causalmix_pipeline.resources.instance import ensure_instance
+from causalmix_pipeline.resources.project import Project
+from causalmix_pipeline.resources.settings_file import load_settings
+
+
+def value(config, name: str):
+    return read_value(config.parent / "data" / "assets" / f"{name}.parquet")
+
+
+def n_records(config) -> int:
+    return len(list((config.parent / "data" / "run_store" / "runs").rglob("*.json")))
+
+
+def edit(config, **sections) -> None:
+    raw = yaml.safe_load(config.read_text())
+    for name, changes in sections.items():
+        raw[name] = raw[name] | changes
+    config.write_text(yaml.safe_dump(raw))
+
+
+def test_each_run_of_the_design_has_a_row_and_an_outcome(finished):
+    design, runs = value(finished, "mixture_design"), value(finished, "proxy_runs")
+    table = RunTable.from_frame(value(finished, "run_table"))
+
+    assert design.height == runs.height == table.n_runs == 18  # 16 and a panel of 2 x 1
+    assert runs["proxy_run_id"].to_list() == design["proxy_run_id"].to_list()
+    assert (table.outcome_NT[:, 0] == -runs["bits_per_byte__math"].to_numpy()).all()
+    assert design_of(design).mixture_ND.sum(axis=1) == pytest.approx(1.0)
+    assert len(set(table.repeat_of_N.tolist())) == 16
+
+
+def test_covariates_are_those_of_the_settings_and_of_the_state(finished):
+    table, states = (
+        RunTable.from_frame(value(finished, "run_table")),
+        value(finished, "pool_states"),
+    )
+
+    assert list(table.covariates) == load_settings(finished).covariates
+    for d, domain in enumerate(table.domains):
+        of_state = states.filter((pl.col("state_id") == 3) & (pl.col("domain") == domain))
+        row = table.state_NDP[list(table.state_ids).index(3), d]
+        assert row[0] == of_state[table.covariates[0]][0]
+
+
+def test_a_finished_project_has_nothing_to_make(finished):
+    with ensure_instance(load_settings(finished).data_path) as instance:
+        found = stale_assets(
+            build_definitions(finished), instance, dg.AssetSelection.all() - VALIDATION
+        )
+
+    assert found.reasons == {}
+
+
+def test_growing_the_design_trains_exactly_the_new_runs(finished):
+    before, known = n_records(finished), set(value(finished, "mixture_design")["proxy_run_id"])
+    edit(finished, design={"n_runs": 20})
+
+    with ensure_instance(load_settings(finished).data_path) as instance:
+        refresh(build_definitions(finished), instance, EXPERIMENT_SIDE)
+
+    assert n_records(finished) == before + 4
+    assert known < set(value(finished, "mixture_design")["proxy_run_id"])
+    assert value(finished, "proxy_runs").height == 22
+
+
+def test_settings_that_changed_since_the_design_are_refused(finished):
+    """Otherwise runs of another model would be collected under the design's ids."""
+    edit(finished, proxy={"overrides": {"vocab_size": 384, "sequence_length": 32, "steps": 31}})
+
+    with pytest.raises(ConfigError, match="materialise mixture_design first"):
+        specs_of(Project(config_file=str(finished)), value(finished, "mixture_design"))
+
+
+def test_a_lost_record_is_told_by_its_id_and_trained_again_alone(finished):
+    project, design = Project(config_file=str(finished)), value(finished, "mixture_design")
+    specs = specs_of(project, design)
+    project.run_store.path_of(specs[3].key).unlink()
+
+    with pytest.raises(
+        ProxyError, match=f"1 of 18 proxy runs have no record, such as {specs[3].key}"
+    ):
+        read_records(project, specs)
+    assert [spec.key for spec in project.run_store.missing(specs)] == [specs[3].key]
+
+
+def test_records_survive_their_table(finished):
+    project, design = Project(config_file=str(finished)), value(finished, "mixture_design")
+    records = read_records(project, specs_of(project, design))
+
+    back = records_of(records_frame(records, design), ["math", "code"])
+
+    assert [r.key for r in back] == [r.key for r in records]
+    assert [r.bits_per_byte for r in back] == [r.bits_per_byte for r in records]
+    assert [r.diverged for r in back] == [r.diverged for r in records]
+
+
+def test_the_plan_told_the_price_before_anything_was_trained(finished):
+    plan = value(finished, "proxy_plan")
+
+    assert plan["to train"] == plan["proxy runs"] == 18
+    assert plan["million tokens to train"] == pytest.approx(18 * 30 * 4 * 32 / 1e6)
+    assert plan["hours"] > 0
+    assert plan["FLOPs to train"] > 0
