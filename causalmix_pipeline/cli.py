@@ -208,7 +208,10 @@ def ui(
 def ui_command(port: int) -> list[str]:
     """The webserver and the daemon of Dagster, reachable from this machine only."""
     where = ["-h", "127.0.0.1", "-p", str(port)]
-    return [sys.executable, "-m", "dagster", "dev", *where, "-m", "causalmix_pipeline.definitions"]
+    # `dagster dev` recommends another tool of its vendor at each start.
+    quiet = ["-W", "ignore:Function `dev_command`"]
+    dev = ["-m", "dagster", "dev", *where, "-m", "causalmix_pipeline.definitions"]
+    return [sys.executable, *quiet, *dev]
 
 
 def require(package: str, purpose: str, command: str) -> None:

@@ -195,14 +195,21 @@ def print_binding(console: Console, recommended: Mapping) -> None:
         console.print("No constraint holds it back.")
 
 
-def signal_table(checks: Mapping) -> Table:
-    """Variance between mixtures over variance between seeds, per task."""
-    columns = ["task", "mixtures / seeds", "above noise"]
+def signal_table(checks: Mapping, losses: Mapping[str, tuple[float, float]]) -> Table:
+    """Variance between mixtures over that between seeds, and what the proxies learned.
+
+    Args:
+        checks: the value of `cate_checks`.
+        losses: for each task the median held-out loss of the proxy runs and the entropy of the
+            task's token frequencies, both in nats a token.
+    """
+    columns = ["task", "mixtures / seeds", "above noise", "loss, nats a token", "unigram entropy"]
     table = new_table(columns, left=["task"])
     for row in checks["noise_floor"]:
         ratio = "unknown" if row["ratio"] is None else f"{row['ratio']:.1f}"
         above = {True: "yes", False: "no", None: "unknown"}[row["above_noise"]]
-        table.add_row(escape(row["task"]), ratio, above)
+        numbers = [f"{nats:.2f}" for nats in losses[row["task"]]]
+        table.add_row(escape(row["task"]), ratio, above, *numbers)
     return table
 
 

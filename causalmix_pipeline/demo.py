@@ -140,7 +140,7 @@ def show_first(work: Workspace, made: Sequence[str], n_trained: int, started: fl
         f"(of {work.n_proxy_runs()} kept), after {minutes(time.monotonic() - started)}."
     )
     heading(console, "Signal of the proxy runs: variance between mixtures over that between seeds")
-    console.print(signal_table(work.value("cate_checks")))
+    console.print(signal_table(work.value("cate_checks"), proxy_losses(work)))
     counted = [row["task"] for row in best["task_gains"] if row["weight"] > 0]
     heading(console, "Estimators, on pool states that they haven't seen (tasks that count)")
     console.print(estimator_table(work.value("cate_model"), counted))
@@ -151,6 +151,15 @@ def show_first(work: Workspace, made: Sequence[str], n_trained: int, started: fl
     print_verdict(console, best)
     console.print(f"Report: {keep_report(work, 1)}")
     console.print(f"Export for the trainer: {shown(work.settings.data_path / 'export')}")
+
+
+def proxy_losses(work: Workspace) -> dict[str, tuple[float, float]]:
+    """Median held-out loss of proxy runs on each task, and its unigram entropy; nats a token."""
+    runs, tasks = work.value("proxy_runs"), work.value("eval_tasks")
+    return {
+        task: (float(runs[f"nats_per_token__{task}"].median()), entropy)
+        for task, entropy in tasks["unigram_nats"].items()
+    }
 
 
 def refresh_after_drop(work: Workspace, pool: DemoPool, drop: str) -> None:

@@ -141,7 +141,8 @@ def test_unknown_numbers_are_said_to_be_unknown():
              "r2_within_se": 0.1, "spearman": 0.7, "spearman_se": 0.05, "coverage_90": None,
     }  # fmt: skip
 
-    assert "solve unknown unknown" in printed(signal_table({"noise_floor": [floor]}))
+    signal = signal_table({"noise_floor": [floor]}, {"solve": (4.341, 5.871)})
+    assert "solve unknown unknown 4.34 5.87" in printed(signal)
     assert "regmix (answers) 0.50 ± 0.10 0.700 ± 0.050 none" in printed(
         estimator_table({"scores": [score, score | {"task": "other"}]}, ["solve"])
     )

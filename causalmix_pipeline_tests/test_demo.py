@@ -76,6 +76,7 @@ def tell() -> str:
     return text
 
 
+@pytest.mark.timeout(900)
 def test_the_story_is_told_twice_and_trains_once(pool, tmp_path):
     """30 steps and made-up words: it's the story that is tested, not the signal."""
     first = tell()
@@ -149,7 +150,7 @@ def test_every_telling_starts_from_the_same_pool(pool, tmp_path):
 
 
 def covariate_frame(**values: list[float]) -> pl.DataFrame:
-    columns = dict.fromkeys(COVARIATES, [0.0, 0.0]) | values
+    columns = {name: [0.0, 0.0] for name in COVARIATES} | values
     return pl.DataFrame({"domain": ["math", "talk"]} | columns)
 
 

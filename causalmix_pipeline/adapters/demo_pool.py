@@ -34,7 +34,7 @@ from causalmix_pipeline.adapters.demo_sources import (
 from causalmix_pipeline.core.errors import PoolError
 
 #: sha256 of the assembled pool (`pool_sha256`); changes only with `PINNED` or this module.
-POOL_SHA256 = "408a3897639f191eae6e3be9671675d01c073cdd13d26daf82c3889371d5bece"
+POOL_SHA256 = "dae223f751aa77b32c532b892672170fe7b6a27453dc5731d3a146daadeb42dc"
 #: Written last; names the sha256 and every file with its size.
 MARKER = "pool.json"
 #: Domains and their two sources; the live pool starts as mostly the first.
@@ -88,6 +88,15 @@ class DemoPool:
     def eval_dir(self) -> Path:
         """Held-out text, `<task>.jsonl`."""
         return self.root / "eval"
+
+    @property
+    def eval_first_dir(self) -> Path:
+        """Held-out text of each domain's first source, a file a domain.
+
+        The live pool starts as mostly that source, so it stands for what the pool was made for;
+        `eval_dir` has both sources half and half.
+        """
+        return self.root / "eval_first"
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -444,6 +453,7 @@ def _lay_out(
             parts[source] = part
             files[f"experiment/{domain}/{source}.jsonl"] = _jsonl(part["experiment"])
         files[f"eval/{domain}.jsonl"] = _jsonl([d for s in sources for d in evaluation[s]])
+        files[f"eval_first/{domain}.jsonl"] = _jsonl(evaluation[sources[0]])
         size = LIVE_SIZE * min(_chars(parts[source]["experiment"]) for source in sources)
         for source, share in zip(sources, (LIVE_FIRST, 1 - LIVE_FIRST), strict=True):
             live[source] = _live_start(source, parts[source], size * share)

@@ -7,6 +7,7 @@ the asset, so equal content is equal to Dagster.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -201,8 +202,10 @@ def read_value(path: Path) -> Any:
         )
     way_out = f"Delete it and materialise the asset {path.stem} again."
     try:
-        footer = pl.read_parquet_metadata(path)
-        frame = pl.read_parquet(path, hive_partitioning=False)
+        # Read once: opened by name again, the file could be the next one, renamed into place.
+        content = path.read_bytes()
+        footer = pl.read_parquet_metadata(io.BytesIO(content))
+        frame = pl.read_parquet(io.BytesIO(content))
         found = content_digest(frame)
     except (Exception, pl.exceptions.PanicException) as error:  # all ways a damaged file fails
         raise PoolError(f"{path} can't be read: {error}. {way_out}") from error

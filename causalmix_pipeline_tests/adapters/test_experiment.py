@@ -26,7 +26,7 @@ from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.tokenizer import encode_texts
 from causalmix_pipeline.core.design import DesignPlan, make_design
 from causalmix_pipeline.core.errors import EstimationError, PoolError
-from causalmix_pipeline.core.pool_state import COVARIATES, StateRanges
+from causalmix_pipeline.core.pool_state import COVARIATES, Membership, StateRanges
 from causalmix_pipeline.core.proxy_runs import ProxyRecord
 from causalmix_pipeline_tests.adapters.small_pool import (
     DOMAINS,
@@ -115,9 +115,10 @@ def kept(store: RunStore, documents: pl.DataFrame, encoded: list, domains=DOMAIN
     drawn = draw_states(SCORED, domains, StateRanges(repetition=0.5), n_states=2, seed=0)
     place = {key: row for row, key in enumerate(documents.select("domain", "document_id").rows())}
     keys = SCORED.select("domain", "document_id").rows()
-    moved = [
-        replace(m, rows=np.array([place[keys[row]] for row in m.rows])) for m in drawn.memberships
-    ]
+    moved = []
+    for membership in drawn.memberships:
+        rows = np.array([place[keys[row]] for row in membership.rows])
+        moved.append(Membership(np.sort(rows), membership.copies[np.argsort(rows)]))
     return tokens_hash, keep_states(store, documents, domains, moved)
 
 

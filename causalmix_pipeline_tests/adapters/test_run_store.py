@@ -252,9 +252,13 @@ def test_locks_taken_in_opposite_orders_end(tmp_path):
     """They are taken in the order of their names, so two processes never wait for each other."""
     holders = [run_python(HOLDER, tmp_path, keys, 0.05) for keys in ("a,b,c", "c,b,a")]
 
-    for holder in holders:
-        _, error = holder.communicate(timeout=30)
-        assert holder.returncode == 0, error
+    try:
+        codes = [holder.wait(timeout=30) for holder in holders]
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+    assert codes == [0, 0]
 
 
 # Inputs of workers

@@ -43,7 +43,7 @@ def made_since(instance: dg.DagsterInstance, cursor: int) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_daemon_remakes_the_live_side_of_a_changed_pool_and_nothing_of_an_equal_one(finished):
     root, settings = finished.parent, load_settings(finished)
     (root / "fast.py").write_text(FAST.format(config=str(finished)))
@@ -97,7 +97,7 @@ def _story(instance, settings, daemon, log) -> None:
 
     path.write_text("\n".join(text.splitlines()[:-8]) + "\n")
     wanted = {"training_export", "report"}
-    wait_for(lambda: wanted <= set(made_since(instance, cursor)), daemon, log, 180)
+    wait_for(lambda: wanted <= set(made_since(instance, cursor)), daemon, log, 420)
     assert observed_version(instance, LIVE_POOL) != first
     assert sorted(made_since(instance, cursor)) == sorted(LIVE_SIDE_NAMES)  # each once
     wait_for(
