@@ -36,7 +36,8 @@ from causalmix_pipeline.console import (
 from causalmix_pipeline.core.pool_state import COVARIATES
 from causalmix_pipeline.workspace import DEMO_CONFIG, Workspace, open_workspace
 
-#: What the demo's model shall be good at; the other domains' text is only reported.
+#: What the demo's model shall be good at; the other domains' text is only reported. Each task is
+#: held-out text of its domain's first source, which the pool starts with and drifts away from.
 DEMO_WEIGHTS = {"math": 0.4, "code_reasoning": 0.3, "manuals": 0.3}
 
 
@@ -46,7 +47,7 @@ def demo_settings(pool: DemoPool, config_file: Path, preset: str) -> str:
     tasks = [
         {
             "name": domain,
-            "path": str((pool.eval_dir / f"{domain}.jsonl").resolve().relative_to(folder)),
+            "path": str((pool.eval_first_dir / f"{domain}.jsonl").resolve().relative_to(folder)),
             "weight": DEMO_WEIGHTS.get(domain, 0.0),
         }
         for domain in pool.domains

@@ -16,7 +16,12 @@ from causalmix_pipeline.console import Work, progress_line
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError
 from causalmix_pipeline.resources.frame_store import read_value
 from causalmix_pipeline.resources.instance import close_dead_runs, ensure_instance
-from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
+from causalmix_pipeline.resources.observation import (
+    EXPERIMENT_POOL,
+    LIVE_POOL,
+    observe_pool,
+    observed_version,
+)
 from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import config_path, load_settings
 
@@ -80,7 +85,8 @@ class Workspace:
         Returns:
             Names of the assets that were made, in order.
         """
-        if EXPERIMENT_POOL in selection.resolve(self.defs.resolve_asset_graph()):
+        if observed_version(self.instance, EXPERIMENT_POOL) is None:
+            # Adopted once; later changes of it need a person (the job adopt_experiment_pool).
             observe_pool(self.instance, self.settings, EXPERIMENT_POOL)
         observe_pool(self.instance, self.settings, LIVE_POOL)
         found = stale_assets(self.defs, self.instance, selection)

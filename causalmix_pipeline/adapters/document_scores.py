@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,37 @@ def document_id(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
+def fold_of(identity: str) -> int:
+    """Half of the experiment pool that a document belongs to, by its content hash: 0 or 1."""
+    return int(identity[0], 16) & 1
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFittedModel:
+    """Token frequencies of the two halves of the experiment pool.
+
+    A document is scored by the half that it isn't in. Scored by counts that hold the document
+    itself, the experiment's states would look easier than any later pool: unseen documents of
+    the same kind would lie beyond all of them.
+    """
+
+    halves: tuple[PoolLanguageModel, PoolLanguageModel]
+
+    @classmethod
+    def fit(
+        cls, encoded: list[np.ndarray], document_ids: Sequence[str], vocab_size: int
+    ) -> CrossFittedModel:
+        """Count tokens and pairs of each half."""
+        folds = [fold_of(identity) for identity in document_ids]
+        first, second = (
+            PoolLanguageModel.fit(
+                [e for e, fold in zip(encoded, folds, strict=True) if fold == half], vocab_size
+            )
+            for half in (0, 1)
+        )
+        return cls((first, second))
+
+
 def text_metrics(text: pl.Series) -> pl.DataFrame:
     """Metrics of the text alone.
 
@@ -93,17 +125,21 @@ def text_metrics(text: pl.Series) -> pl.DataFrame:
     return frame.with_columns(compress_ratio=pl.Series(ratios, dtype=pl.Float64))
 
 
-def token_metrics(encoded: list[np.ndarray], language_model: PoolLanguageModel) -> pl.DataFrame:
+def token_metrics(
+    encoded: list[np.ndarray], document_ids: Sequence[str], language_model: CrossFittedModel
+) -> pl.DataFrame:
     """Metrics of the token ids.
 
     Returns:
         `n_tokens`; `token_entropy` (bits; entropy of the document's own token frequencies);
         `unique_bigram_ratio` (distinct / all pairs); `unigram_cross_entropy` and
-        `bigram_cross_entropy` (bits per token under the experiment pool's frequencies).
+        `bigram_cross_entropy` (bits per token under the frequencies of the half of the experiment
+        pool that the document isn't in).
     """
-    bits_V, bits_VV = language_model.bits_tables()
+    tables = [half.bits_tables() for half in language_model.halves]
     rows = np.empty((len(encoded), 5))
-    for i, tokens in enumerate(encoded):
+    for i, (tokens, identity) in enumerate(zip(encoded, document_ids, strict=True)):
+        bits_V, bits_VV = tables[1 - fold_of(identity)]
         ids = tokens.astype(np.int64)
         n = len(ids)
         counts = np.unique(ids, return_counts=True)[1]
@@ -152,13 +188,13 @@ def near_duplicates(texts: pl.Series) -> np.ndarray:
 def score_documents(
     documents: pl.DataFrame,
     encoded: list[np.ndarray],
-    language_model: PoolLanguageModel,
+    language_model: CrossFittedModel,
     known_scores: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Add the metrics to documents; those already scored are looked up, not computed.
 
     Args:
-        documents: columns `document_id`, `domain`, `augmented`, `text` and others, a row each.
+        documents: columns `document_id`, `domain`, `augmented`, `twin_of`, `text` and others.
         encoded: token ids of each document.
         language_model: of the experiment pool.
         known_scores: earlier result with `document_id` and the content metrics, or None.
@@ -175,7 +211,12 @@ def score_documents(
         [
             fresh.select("document_id"),
             text_metrics(fresh["text"]),
-            token_metrics([encoded[i] for i in new_rows], language_model),
+            token_metrics(
+                [encoded[i] for i in new_rows],
+                # A noisy twin belongs to its original's half.
+                fresh.select(pl.coalesce("twin_of", "document_id")).to_series().to_list(),
+                language_model,
+            ),
         ],
         how="horizontal",
     ).select("document_id", "n_bytes", "n_tokens", *content)

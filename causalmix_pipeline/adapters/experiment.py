@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.document_scores import (
+    CrossFittedModel,
     PoolLanguageModel,
     add_noisy_twins,
     score_documents,
@@ -57,46 +58,68 @@ class PoolTokenizer:
 
     Attributes:
         tokenizer_json: byte-level BPE.
-        language_model: unigram and bigram counts over the experiment pool.
+        language_model: unigram and bigram counts of the experiment pool's two halves.
     """
 
     tokenizer_json: str
-    language_model: PoolLanguageModel
+    language_model: CrossFittedModel
 
     @classmethod
-    def fit(cls, texts: Sequence[str], *, vocab_size: int) -> PoolTokenizer:
-        """Train the tokenizer on the documents of a pool and count its tokens."""
+    def fit(cls, documents: pl.DataFrame, *, vocab_size: int) -> PoolTokenizer:
+        """Train the tokenizer on the documents of a pool and count its tokens.
+
+        Args:
+            documents: the reader's frame.
+            vocab_size: number of tokens.
+        """
+        texts = documents["text"].to_list()
         tokenizer_json = train_tokenizer(texts, vocab_size=vocab_size)
         encoded = encode_texts(tokenizer_json, texts)
         n_tokens = vocab_size_of(tokenizer_json)
-        return cls(tokenizer_json, PoolLanguageModel.fit(encoded, n_tokens))
+        identities = documents["document_id"].to_list()
+        return cls(tokenizer_json, CrossFittedModel.fit(encoded, identities, n_tokens))
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Names the tokenizer, 32 hex digits: what token ids depend on."""
+        return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()[:32]
 
     @property
     def content_hash(self) -> str:
-        """Names the scale, 32 hex digits: two pools may give one tokenizer and other counts."""
+        """Names tokenizer and counts, 32 hex digits: what scores depend on."""
         digest = hashlib.sha256(self.tokenizer_json.encode())
-        digest.update(self.language_model.unigram_V.tobytes())
-        digest.update(self.language_model.bigram_VV.tobytes())
+        for half in self.language_model.halves:
+            digest.update(half.unigram_V.tobytes())
+            digest.update(half.bigram_VV.tobytes())
         return digest.hexdigest()[:32]
 
     def to_dict(self) -> dict:
         """Plain values that JSON can hold."""
-        bigram = self.language_model.bigram_VV
-        first, second = np.nonzero(bigram)
-        return {
-            "tokenizer": self.tokenizer_json,
-            "unigram": self.language_model.unigram_V.tolist(),
-            "pairs": [first.tolist(), second.tolist(), bigram[first, second].tolist()],
-        }
+        halves = []
+        for half in self.language_model.halves:
+            first, second = np.nonzero(half.bigram_VV)
+            counts = half.bigram_VV[first, second]
+            halves.append(
+                {
+                    "unigram": half.unigram_V.tolist(),
+                    "pairs": [first.tolist(), second.tolist(), counts.tolist()],
+                }
+            )
+        return {"tokenizer": self.tokenizer_json, "halves": halves}
 
     @classmethod
     def from_dict(cls, values: Mapping) -> PoolTokenizer:
         """Inverse of `to_dict`."""
-        unigram_V = np.array(values["unigram"], dtype=np.int64)
-        bigram_VV = np.zeros((len(unigram_V), len(unigram_V)), dtype=np.int64)
-        first, second, counts = values["pairs"]
-        bigram_VV[first, second] = counts
-        return cls(values["tokenizer"], PoolLanguageModel(unigram_V, bigram_VV))
+        first, second = (_counts_of(half) for half in values["halves"])
+        return cls(values["tokenizer"], CrossFittedModel((first, second)))
+
+
+def _counts_of(values: Mapping) -> PoolLanguageModel:
+    unigram_V = np.array(values["unigram"], dtype=np.int64)
+    bigram_VV = np.zeros((len(unigram_V), len(unigram_V)), dtype=np.int64)
+    first, second, counts = values["pairs"]
+    bigram_VV[first, second] = counts
+    return PoolLanguageModel(unigram_V, bigram_VV)
 
 
 def profile_documents(
@@ -140,7 +163,7 @@ def write_token_store(
         The name of the token store: the hash of the documents' ids and of the tokenizer.
     """
     ids = documents["document_id"].to_list()
-    name = hashlib.sha256((tokenizer.content_hash + "\n".join(ids)).encode()).hexdigest()[:32]
+    name = hashlib.sha256((tokenizer.tokenizer_hash + "\n".join(ids)).encode()).hexdigest()[:32]
     TokenStore.write(store.root / "tokens" / name, ids, encoded)
     return name
 
@@ -260,7 +283,7 @@ def build_evaluation(
     # A byte-level token has one character per byte; the end of text stands for none.
     n_bytes_V = np.array([len(bpe.id_to_token(i) or "") for i in range(bpe.get_vocab_size())])
     n_bytes_V[END_ID] = 0
-    digest = hashlib.sha256(tokenizer.content_hash.encode())
+    digest = hashlib.sha256(tokenizer.tokenizer_hash.encode())
     windows, n_bytes, unigram_nats = {}, {}, {}
     for task, documents in texts.items():
         encoded = encode_texts(tokenizer.tokenizer_json, list(documents))

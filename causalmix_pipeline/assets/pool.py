@@ -172,15 +172,16 @@ def tokenizer(
             "the column in columns.domain."
         )
     fitted = PoolTokenizer.fit(
-        pool.documents["text"].to_list(), vocab_size=project.settings.proxy.to_config().vocab_size
+        pool.documents, vocab_size=project.settings.proxy.to_config().vocab_size
     )
+    unigram_V = np.sum([half.unigram_V for half in fitted.language_model.halves], axis=0)
     value = {"domains": domains, **fitted.to_dict()}
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
         metadata={
-            "vocabulary": float(len(value["unigram"])),
-            "tokens read": float(sum(value["unigram"])),
+            "vocabulary": float(len(unigram_V)),
+            "tokens read": float(unigram_V.sum()),
             "domains": ", ".join(domains),
         },
     )

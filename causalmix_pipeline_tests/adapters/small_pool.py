@@ -76,7 +76,7 @@ def build_experiment(
 ) -> SmallExperiment:
     """Take documents to the specs of proxy runs, with all that workers read in the store."""
     documents = make_documents()
-    tokenizer = PoolTokenizer.fit(documents["text"].to_list(), vocab_size=config.vocab_size)
+    tokenizer = PoolTokenizer.fit(documents, vocab_size=config.vocab_size)
     scored, encoded = profile_documents(documents, tokenizer)
     store = RunStore(root)
     tokens_hash = write_token_store(store, scored, encoded, tokenizer)

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causalmix_pipeline.adapters.document_scores import (
+    CrossFittedModel,
     PoolLanguageModel,
     add_noisy_twins,
     document_id,
+    fold_of,
     near_duplicates,
     score_documents,
     text_metrics,
@@ -91,6 +93,8 @@ def test_connectives_are_counted_per_hundred_words(text, by_hand):
 
 COUNTED = [ids(0, 1, 1, 2), ids(1, 1)]
 MODEL = PoolLanguageModel.fit(COUNTED, 4)
+BOTH = CrossFittedModel((MODEL, MODEL))
+ANY_ID = "0" * 32
 
 
 def test_tokens_and_pairs_are_counted_inside_documents():
@@ -121,7 +125,7 @@ def test_probabilities_sum_to_one_after_every_token(documents):
 
 def test_token_metrics_are_the_sums_by_hand():
     bits_V, bits_VV = MODEL.bits_tables()
-    found = token_metrics([ids(1, 1, 2, 2)], MODEL).row(0, named=True)
+    found = token_metrics([ids(1, 1, 2, 2)], [ANY_ID], BOTH).row(0, named=True)
 
     assert found["n_tokens"] == 4
     assert found["token_entropy"] == pytest.approx(1.0)
@@ -131,8 +135,27 @@ def test_token_metrics_are_the_sums_by_hand():
     assert found["bigram_cross_entropy"] == pytest.approx(by_hand)
 
 
+def test_a_document_is_scored_by_the_half_that_it_is_not_in():
+    """Its own counts would make it look easier than an unseen document of the same kind."""
+    own, other = ids(1, 2, 1, 2, 1, 2), ids(3, 3, 3, 3)
+    model = CrossFittedModel.fit([own, other], ["0" * 32, "1" * 32], 4)
+    scored = token_metrics([own], ["0" * 32], model).row(0, named=True)
+    bits_V, bits_VV = PoolLanguageModel.fit([other], 4).bits_tables()
+
+    assert scored["unigram_cross_entropy"] == pytest.approx(bits_V[[1, 2]].mean())
+    assert scored["bigram_cross_entropy"] == pytest.approx(
+        (3 * bits_VV[1, 2] + 2 * bits_VV[2, 1]) / 5
+    )
+
+
+def test_documents_fall_into_two_halves_of_about_equal_size():
+    folds = [fold_of(document_id(str(i))) for i in range(400)]
+
+    assert 150 < sum(folds) < 250
+
+
 def test_repetition_shows_in_entropy_and_pairs():
-    found = token_metrics([ids(2, 2, 2, 2, 2)], MODEL).row(0, named=True)
+    found = token_metrics([ids(2, 2, 2, 2, 2)], [ANY_ID], BOTH).row(0, named=True)
 
     assert found["token_entropy"] == 0
     assert found["unique_bigram_ratio"] == 1 / 4
@@ -140,7 +163,7 @@ def test_repetition_shows_in_entropy_and_pairs():
 
 @pytest.mark.parametrize("tokens", [ids(), ids(3)])
 def test_a_document_without_pairs_has_finite_metrics(tokens):
-    assert np.isfinite(token_metrics([tokens], MODEL).to_numpy()).all()
+    assert np.isfinite(token_metrics([tokens], [ANY_ID], BOTH).to_numpy()).all()
 
 
 # Near-duplicates
@@ -181,7 +204,13 @@ def test_documents_shorter_than_five_words_compare_as_a_whole():
 def make_documents(texts: dict[str, list[str]]) -> pl.DataFrame:
     """The reader's frame, without the columns that scoring doesn't read."""
     rows = [
-        {"document_id": document_id(text), "domain": domain, "augmented": False, "text": text}
+        {
+            "document_id": document_id(text),
+            "domain": domain,
+            "augmented": False,
+            "twin_of": None,
+            "text": text,
+        }
         for domain, part in texts.items()
         for text in part
     ]
@@ -197,7 +226,7 @@ POOL = make_documents({"b": ["one two three", "four five"], "a": ["six", "one tw
 
 
 def test_every_metric_is_there_and_finite_and_the_text_is_gone():
-    scored = score_documents(POOL, encode(POOL), MODEL)
+    scored = score_documents(POOL, encode(POOL), BOTH)
 
     assert {"n_bytes", "n_tokens", *METRICS} <= set(scored.columns)
     assert "text" not in scored.columns
@@ -208,9 +237,9 @@ def test_every_metric_is_there_and_finite_and_the_text_is_gone():
 
 
 def test_known_documents_are_looked_up_and_new_ones_computed():
-    full = score_documents(POOL, encode(POOL), MODEL)
+    full = score_documents(POOL, encode(POOL), BOTH)
     marked = full.head(2).with_columns(token_entropy=pl.lit(77.0))
-    again = score_documents(POOL, encode(POOL), MODEL, known_scores=marked)
+    again = score_documents(POOL, encode(POOL), BOTH, known_scores=marked)
 
     is_known = pl.col("document_id").is_in(marked["document_id"].to_list())
     assert again.filter(is_known)["token_entropy"].unique().to_list() == [77.0]
@@ -218,9 +247,9 @@ def test_known_documents_are_looked_up_and_new_ones_computed():
 
 
 def test_a_pool_that_is_known_whole_needs_no_tokens():
-    full = score_documents(POOL, encode(POOL), MODEL)
+    full = score_documents(POOL, encode(POOL), BOTH)
 
-    assert score_documents(POOL, [], MODEL, known_scores=full).equals(full)
+    assert score_documents(POOL, [], BOTH, known_scores=full).equals(full)
 
 
 def test_the_order_of_documents_does_not_change_their_scores():
@@ -229,10 +258,10 @@ def test_the_order_of_documents_does_not_change_their_scores():
     pool = make_documents({"b": [*texts, texts[4].replace(" ", "  ")], "a": texts[4:8]})
     shuffled = pool[np.random.default_rng(0).permutation(pool.height).tolist()]
     key = ["domain", "document_id"]
-    in_order = score_documents(pool, encode(pool), MODEL).sort(key)
+    in_order = score_documents(pool, encode(pool), BOTH).sort(key)
 
     assert in_order["near_duplicate"].sum() == 2
-    assert score_documents(shuffled, encode(shuffled), MODEL).sort(key).equals(in_order)
+    assert score_documents(shuffled, encode(shuffled), BOTH).sort(key).equals(in_order)
 
 
 def test_a_domain_is_searched_for_neighbours_by_itself():
@@ -240,14 +269,14 @@ def test_a_domain_is_searched_for_neighbours_by_itself():
         {"a": ["one two three four five six"], "b": ["one two three four five  six"]}
     )
 
-    assert score_documents(pool, encode(pool), MODEL)["near_duplicate"].sum() == 0
+    assert score_documents(pool, encode(pool), BOTH)["near_duplicate"].sum() == 0
 
 
 # Noisy twins
 
 
 def with_twins(pool: pl.DataFrame, seed: int = 3) -> pl.DataFrame:
-    return add_noisy_twins(pool.drop("augmented"), seed=seed)
+    return add_noisy_twins(pool.drop("augmented", "twin_of"), seed=seed)
 
 
 def test_a_twin_has_a_fifth_of_its_characters_replaced():
@@ -283,7 +312,7 @@ def test_twins_follow_the_originals_of_their_domain():
 def test_twins_do_not_make_their_originals_near_duplicates():
     """A short document's twin can be the document itself; a live pool has no twins at all."""
     pool = make_documents({"a": [f"{i}" for i in range(40)]})
-    scored = score_documents(with_twins(pool), encode(with_twins(pool)), MODEL)
+    scored = score_documents(with_twins(pool), encode(with_twins(pool)), BOTH)
 
     assert scored.filter(~pl.col("augmented"))["near_duplicate"].sum() == 0
 

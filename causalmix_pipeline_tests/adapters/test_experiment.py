@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from causalmix_pipeline.adapters.document_scores import PoolLanguageModel
+from causalmix_pipeline.adapters.document_scores import CrossFittedModel, PoolLanguageModel
 from causalmix_pipeline.adapters.experiment import (
     MAX_EVAL_WINDOWS,
     PoolTokenizer,
@@ -37,7 +37,7 @@ from causalmix_pipeline_tests.adapters.small_pool import (
 )
 
 DOCUMENTS = make_documents()
-TOKENIZER = PoolTokenizer.fit(DOCUMENTS["text"].to_list(), vocab_size=300)
+TOKENIZER = PoolTokenizer.fit(DOCUMENTS, vocab_size=300)
 SCORED, ENCODED = profile_documents(DOCUMENTS, TOKENIZER)
 
 
@@ -53,15 +53,20 @@ def test_a_tokenizer_survives_json():
     back = PoolTokenizer.from_dict(json.loads(json.dumps(TOKENIZER.to_dict())))
 
     assert back.content_hash == TOKENIZER.content_hash
-    np.testing.assert_array_equal(back.language_model.bigram_VV, TOKENIZER.language_model.bigram_VV)
+    for again, half in zip(
+        back.language_model.halves, TOKENIZER.language_model.halves, strict=True
+    ):
+        np.testing.assert_array_equal(again.bigram_VV, half.bigram_VV)
 
 
 def test_other_counts_under_the_same_tokenizer_have_another_name():
     """Scores are kept by that name, and cross-entropies follow the counts."""
-    model = TOKENIZER.language_model
-    other = PoolLanguageModel(model.unigram_V + 1, model.bigram_VV)
+    first, second = TOKENIZER.language_model.halves
+    other = CrossFittedModel((first, PoolLanguageModel(second.unigram_V + 1, second.bigram_VV)))
+    changed = replace(TOKENIZER, language_model=other)
 
-    assert replace(TOKENIZER, language_model=other).content_hash != TOKENIZER.content_hash
+    assert changed.content_hash != TOKENIZER.content_hash
+    assert changed.tokenizer_hash == TOKENIZER.tokenizer_hash
 
 
 # Profile

@@ -94,7 +94,7 @@ def prepare(pool: Path, tasks: str, out: Path, ranges: StateRanges, workers: int
     if tokenizer_path.exists():
         tokenizer = PoolTokenizer.from_dict(json.loads(tokenizer_path.read_text()))
     else:
-        tokenizer = PoolTokenizer.fit(documents["text"].to_list(), vocab_size=1024)
+        tokenizer = PoolTokenizer.fit(documents, vocab_size=1024)
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer_path.write_text(json.dumps(tokenizer.to_dict()))
     scored, encoded = profile_documents(
@@ -176,8 +176,9 @@ def out_of_fold(runs: RunTable, names: tuple[str, ...], seed: int) -> pl.DataFra
     ]:
         frame = cross_validate(lambda n=name: make_estimator(n, seed=seed), table, seed=seed).frame
         rows.append(frame.with_columns(estimator=pl.lit(label)))
-        print(f"  {label}: R2 within unseen states {frame['r2_within'].mean():.3f}, Spearman "
-              f"{frame['spearman'].mean():.3f}, within {frame['spearman_within'].mean():.3f}")  # fmt: skip
+        scores = [frame[name].mean() for name in ("r2_within", "spearman", "spearman_within")]
+        shown = ", ".join(f"{score:.3f}" for score in scores)
+        print(f"  {label}: R2 within unseen states, Spearman, within states: {shown}", flush=True)
     return pl.concat(rows)
 
 

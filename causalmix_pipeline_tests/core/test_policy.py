@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 
 from causalmix_pipeline.core.effects import EffectEstimator, Gain
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.core.mixture import is_on_simplex, kl_divergence
-from causalmix_pipeline.core.policy import Constraints, recommend, weighted_gain
+from causalmix_pipeline.core.mixture import dirichlet_design, is_on_simplex, kl_divergence
+from causalmix_pipeline.core.policy import (
+    SEARCH_CANDIDATES,
+    Constraints,
+    recommend,
+    weighted_gain,
+)
 from causalmix_pipeline.core.runs import RunTable
 
 DOMAINS = ("a", "b", "c")
@@ -102,9 +107,12 @@ def test_an_estimator_without_standard_errors_is_maximised_by_its_mean():
     assert np.isnan(best.gain_se)
 
 
-def test_search_averages_the_best_candidates_near_the_optimum():
-    best = choose(RootEstimator([[3, 2, 1]]), free(), policy="search")
+def test_search_averages_the_best_hundred_of_its_candidates():
+    best = choose(RootEstimator([[3, 2, 1]]), free(), policy="search", seed=5)
+    candidates = dirichlet_design(SEARCH_CANDIDATES, 3, strength_range=(1.0, 1.0), seed=5)
+    by_gain = np.argsort(-np.sqrt(candidates) @ [3, 2, 1])
 
+    np.testing.assert_allclose(best.mixture_D, candidates[by_gain[:100]].mean(axis=0), atol=1e-8)
     np.testing.assert_allclose(best.mixture_D, np.array([9, 4, 1]) / 14, atol=0.03)
 
 
