@@ -143,6 +143,12 @@ def show_first(work: Workspace, made: Sequence[str], n_trained: int, started: fl
     heading(console, "Signal of the proxy runs: variance between mixtures over that between seeds")
     console.print(signal_table(work.value("cate_checks"), proxy_losses(work)))
     counted = [row["task"] for row in best["task_gains"] if row["weight"] > 0]
+    entropy, losses = work.value("tokenizer")["unigram_nats"], work.value("proxy_runs")
+    margin = entropy - losses["last_train_loss"]
+    console.print(
+        f"Proxies end training {margin.min():.2f} nats a token or more below the entropy of the "
+        f"pool's tokens ({entropy:.2f}), the median {margin.median():.2f}: past counting tokens."
+    )
     heading(console, "Estimators, on pool states that they haven't seen (tasks that count)")
     console.print(estimator_table(work.value("cate_model"), counted))
     heading(console, "Recommended mixture, and what each would gain over the reference")

@@ -117,16 +117,20 @@ def choose_estimator(
     return EstimatorChoice(chosen, frame, validations)
 
 
-def fit_chosen(runs: RunTable, chosen: Mapping[str, str], seed: int = 0) -> EffectEstimator:
+def fit_chosen(
+    runs: RunTable,
+    chosen: Mapping[str, str],
+    seed: int = 0,
+    parameters: Mapping[str, Mapping] | None = None,
+) -> CombinedEstimator:
     """Fit each task's chosen estimator on all runs.
 
     Args:
         runs: the proxy runs.
         chosen: estimator name per task; every task of the runs, no other.
         seed: of the estimators.
-
-    Returns:
-        The estimator itself if all tasks chose the same, else one that combines them.
+        parameters: `parameters()["members"]` of an earlier fit on these runs; an estimator that
+            can reuse its own isn't searched again.
 
     Raises:
         EstimationError: if a task has no choice, or a choice has no task.
@@ -136,9 +140,7 @@ def fit_chosen(runs: RunTable, chosen: Mapping[str, str], seed: int = 0) -> Effe
             f"the choice must name exactly the tasks {', '.join(runs.tasks)}, got "
             f"{', '.join(chosen) or 'none'}: choose again on these runs."
         )
-    if len(set(chosen.values())) == 1:
-        return make_estimator(next(iter(chosen.values())), seed).fit(runs)
-    return CombinedEstimator(chosen, seed).fit(runs)
+    return CombinedEstimator(chosen, seed, parameters).fit(runs)
 
 
 class CombinedEstimator:
@@ -149,10 +151,16 @@ class CombinedEstimator:
 
     name = "combined"
 
-    def __init__(self, chosen: Mapping[str, str], seed: int = 0):
+    def __init__(
+        self,
+        chosen: Mapping[str, str],
+        seed: int = 0,
+        parameters: Mapping[str, Mapping] | None = None,
+    ):
         """Set up unfitted estimators; `chosen` gives the name per task."""
         self.chosen = dict(chosen)
         self.seed = seed
+        self._known = dict(parameters or {})
         self.task_correlation_TT = np.ones((0, 0))
 
     def fit(self, runs: RunTable) -> CombinedEstimator:
@@ -164,7 +172,11 @@ class CombinedEstimator:
         for name in dict.fromkeys(self.chosen.values()):
             columns = [t for t, task in enumerate(runs.tasks) if self.chosen[task] == name]
             tasks = [runs.tasks[t] for t in columns]
-            member = make_estimator(name, self.seed).fit(runs.select_tasks(tasks))
+            member = make_estimator(name, self.seed)
+            if name in self._known and isinstance(member, ResponseSurface | StructuredRidge):
+                member.fit(runs.select_tasks(tasks), parameters=self._known[name])
+            else:
+                member.fit(runs.select_tasks(tasks))
             self.task_correlation_TT[np.ix_(columns, columns)] = member.task_correlation_TT
             self.noise_variance_T[columns] = getattr(member, "noise_variance_T", np.nan)
             self._members.append((columns, member))

@@ -93,6 +93,13 @@ class PoolTokenizer:
             digest.update(half.bigram_VV.tobytes())
         return digest.hexdigest()[:32]
 
+    @property
+    def unigram_nats(self) -> float:
+        """Entropy of the pool's token frequencies in nats, the bound of models without context."""
+        counts_V = np.sum([half.unigram_V for half in self.language_model.halves], axis=0)
+        share_V = counts_V[counts_V > 0] / counts_V.sum()
+        return float(-(share_V * np.log(share_V)).sum())
+
     def to_dict(self) -> dict:
         """Plain values that JSON can hold."""
         halves = []

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import dagster as dg
 import polars as pl
 
-from causalmix_pipeline.adapters.estimators import CombinedEstimator, choose_estimator
+from causalmix_pipeline.adapters.estimators import CombinedEstimator, choose_estimator, fit_chosen
 from causalmix_pipeline.assets.pictures import markdown_table
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
 from causalmix_pipeline.core.runs import RunTable
@@ -17,9 +17,9 @@ from causalmix_pipeline.resources.project import Project
 def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> dg.MaterializeResult:
     """Which estimator answers for each task, and every estimator's score on unseen pool states.
 
-    Chosen by cross-validation whose folds never split a pool state. Kept as choice and seed: what
-    uses it fits again on the run table, which takes seconds. Stale when the run table or the list
-    of estimators changes.
+    Chosen by cross-validation whose folds never split a pool state. Kept as choice, seed and
+    fitted parameters: what uses it is conditioned on the run table again, which takes a second.
+    Stale when the run table or the list of estimators changes.
     """
     runs, seed = RunTable.from_frame(run_table), project.settings.seed
     choice = choose_estimator(runs, project.settings.estimators, seed=seed)
@@ -27,6 +27,7 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
     value = {
         "chosen": choice.chosen,
         "seed": seed,
+        "parameters": fit_chosen(runs, choice.chosen, seed).parameters()["members"],
         "scores": choice.frame.to_dicts(),
         "run_ids": list(runs.run_ids),
         "out_of_fold": {

@@ -175,13 +175,14 @@ def tokenizer(
         pool.documents, vocab_size=project.settings.proxy.to_config().vocab_size
     )
     unigram_V = np.sum([half.unigram_V for half in fitted.language_model.halves], axis=0)
-    value = {"domains": domains, **fitted.to_dict()}
+    value = {"domains": domains, "unigram_nats": fitted.unigram_nats, **fitted.to_dict()}
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
         metadata={
             "vocabulary": float(len(unigram_V)),
             "tokens read": float(unigram_V.sum()),
+            "unigram entropy, nats a token": fitted.unigram_nats,
             "domains": ", ".join(domains),
         },
     )

@@ -214,13 +214,19 @@ def top_up_plan(reach: Overlap, domains: Sequence[str], seed: int) -> list[dict]
 def choose_mixture(
     settings: Settings,
     runs: RunTable,
-    chosen: dict[str, str],
+    cate_model: dict,
     live_covariates: pl.DataFrame,
     baselines: pl.DataFrame,
 ) -> dict:
     """The recommendation with all that explains it, as plain values."""
     domains, weights_T = runs.domains, weights_of(settings, runs)
-    estimator = fit_chosen(runs, chosen, settings.seed)
+    chosen, parameters = cate_model["chosen"], cate_model["parameters"]
+    estimator = fit_chosen(runs, chosen, settings.seed, parameters)
+    counted = [task for task, weight in zip(runs.tasks, weights_T, strict=True) if weight > 0]
+    # The search asks for thousands of gains: only of the tasks that count.
+    searched = fit_chosen(
+        runs.select_tasks(counted), {t: chosen[t] for t in counted}, settings.seed, parameters
+    )
     state_DP = live_covariates.select(runs.covariates).to_numpy()
     reach = overlap(state_DP, runs.distinct_states()[1], domains, runs.covariates)
     reference_D = baselines["reference"].to_numpy()
@@ -230,14 +236,16 @@ def choose_mixture(
     else:
         choice = recommend(
             settings.policy.name,
-            estimator,
+            searched,
             state_DP,
-            weights_T,
+            weights_T[weights_T > 0],
             constraints,
             domains=domains,
             confidence_z=settings.policy.confidence_z,
             seed=settings.seed,
         )
+        by_task = estimator.gain(state_DP, choice.mixture_D[None], reference_D)
+        choice = replace(choice, gain_T=by_task.mean_MT[0], gain_se_T=by_task.se_MT[0])
     mixtures = {"recommended": choice.mixture_D} | {
         name: baselines[name].to_numpy() for name in baselines.columns if name != "domain"
     }
@@ -313,7 +321,7 @@ def recommended_mixture(
     value = choose_mixture(
         project.settings,
         RunTable.from_frame(run_table),
-        cate_model["chosen"],
+        cate_model,
         live_covariates,
         baseline_mixtures,
     )

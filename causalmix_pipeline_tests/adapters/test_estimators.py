@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -68,10 +70,19 @@ def test_no_name_is_refused(runs):
         choose_estimator(runs, ())
 
 
-def test_one_choice_for_all_tasks_is_that_estimator(runs):
-    fitted = fit_chosen(runs, dict.fromkeys(runs.tasks, "structured_ridge"))
+def test_kept_parameters_give_the_same_fit_to_the_bit(runs):
+    """A refresh conditions the model on the runs again; it doesn't search again."""
+    chosen = {"task_0": "response_surface", "task_1": "structured_ridge", "task_2": "regmix"}
+    fitted = fit_chosen(runs, chosen)
+    kept = json.loads(json.dumps(fitted.parameters()["members"]))
+    kept["response_surface"]["hyper_parameters"]["task_0"]["noise"] *= 2
 
-    assert fitted.name == "structured_ridge"
+    again = fit_chosen(runs, chosen, parameters=fitted.parameters()["members"])
+    other = fit_chosen(runs, chosen, parameters=kept)
+
+    gain = fitted.gain(STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT
+    assert again.gain(STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT.tolist() == gain.tolist()
+    assert other.gain(STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT[:, 0].tolist() != gain[:, 0].tolist()
 
 
 def test_each_task_is_answered_by_its_own_choice(runs):
