@@ -151,6 +151,12 @@ def show_first(work: Workspace, made: Sequence[str], n_trained: int, started: fl
     )
     heading(console, "Estimators, on pool states that they haven't seen (tasks that count)")
     console.print(estimator_table(work.value("cate_model"), counted))
+    factors = work.value("cate_model")["interval_factors"]
+    widest = max(factors[task] for task in counted)
+    console.print(
+        f"Intervals below are widened by up to {widest:.2f}, so that 90% of the gains on unseen "
+        "states lie inside."
+    )
     heading(console, "Recommended mixture, and what each would gain over the reference")
     console.print(mixture_table(best))
     print_gain(console, best)

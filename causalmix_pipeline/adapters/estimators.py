@@ -75,6 +75,12 @@ class EstimatorChoice:
     frame: pl.DataFrame
     validations: dict[str, CrossValidation]
 
+    @property
+    def interval_factors(self) -> dict[str, float]:
+        """By what each task's standard errors grow so that 90% of held-out gains are covered."""
+        rows = self.frame.filter("chosen").select("task", pl.col("interval_factor").fill_null(1.0))
+        return dict(rows.iter_rows())
+
 
 def choose_estimator(
     runs: RunTable, names: Sequence[str] = ESTIMATOR_NAMES, n_folds: int = 5, seed: int = 0
@@ -122,6 +128,7 @@ def fit_chosen(
     chosen: Mapping[str, str],
     seed: int = 0,
     parameters: Mapping[str, Mapping] | None = None,
+    interval_factors: Mapping[str, float] | None = None,
 ) -> CombinedEstimator:
     """Fit each task's chosen estimator on all runs.
 
@@ -131,6 +138,7 @@ def fit_chosen(
         seed: of the estimators.
         parameters: `parameters()["members"]` of an earlier fit on these runs; an estimator that
             can reuse its own isn't searched again.
+        interval_factors: what to multiply each task's standard errors by; None for 1.
 
     Raises:
         EstimationError: if a task has no choice, or a choice has no task.
@@ -140,7 +148,7 @@ def fit_chosen(
             f"the choice must name exactly the tasks {', '.join(runs.tasks)}, got "
             f"{', '.join(chosen) or 'none'}: choose again on these runs."
         )
-    return CombinedEstimator(chosen, seed, parameters).fit(runs)
+    return CombinedEstimator(chosen, seed, parameters, interval_factors).fit(runs)
 
 
 class CombinedEstimator:
@@ -156,16 +164,19 @@ class CombinedEstimator:
         chosen: Mapping[str, str],
         seed: int = 0,
         parameters: Mapping[str, Mapping] | None = None,
+        interval_factors: Mapping[str, float] | None = None,
     ):
         """Set up unfitted estimators; `chosen` gives the name per task."""
         self.chosen = dict(chosen)
         self.seed = seed
         self._known = dict(parameters or {})
+        self._factors = dict(interval_factors or {})
         self.task_correlation_TT = np.ones((0, 0))
 
     def fit(self, runs: RunTable) -> CombinedEstimator:
         """Fit each estimator on the tasks that chose it."""
         n_tasks = len(runs.tasks)
+        self._factor_T = np.array([self._factors.get(task, 1.0) for task in runs.tasks])
         self._members: list[tuple[list[int], EffectEstimator]] = []
         self.task_correlation_TT = np.ones((n_tasks, n_tasks))
         self.noise_variance_T = np.full(n_tasks, np.nan)
@@ -191,7 +202,7 @@ class CombinedEstimator:
         gains = [m.gain(state_DP, mixture_MD, reference_D) for _, m in self._members]
         return Gain(
             self._gather([gain.mean_MT for gain in gains]),
-            self._gather([gain.se_MT for gain in gains]),
+            self._gather([gain.se_MT for gain in gains]) * self._factor_T,
         )
 
     def parameters(self) -> dict:

@@ -28,6 +28,7 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
         "chosen": choice.chosen,
         "seed": seed,
         "parameters": fit_chosen(runs, choice.chosen, seed).parameters()["members"],
+        "interval_factors": choice.interval_factors,
         "scores": choice.frame.to_dicts(),
         "run_ids": list(runs.run_ids),
         "out_of_fold": {
@@ -42,6 +43,7 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
         metadata={
             "R2 within unseen states": float(best["r2_within"].mean()),  # pyright: ignore[reportArgumentType]
             "Spearman on unseen states": float(best["spearman"].mean()),  # pyright: ignore[reportArgumentType]
+            "largest factor on standard errors": max(choice.interval_factors.values()),
             "scores": markdown_table(
                 choice.frame.select("estimator", "task", "r2_within", "spearman", "chosen")
                 .sort("task", "estimator")

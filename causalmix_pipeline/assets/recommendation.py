@@ -220,13 +220,12 @@ def choose_mixture(
 ) -> dict:
     """The recommendation with all that explains it, as plain values."""
     domains, weights_T = runs.domains, weights_of(settings, runs)
-    chosen, parameters = cate_model["chosen"], cate_model["parameters"]
-    estimator = fit_chosen(runs, chosen, settings.seed, parameters)
+    chosen = cate_model["chosen"]
+    kept = (settings.seed, cate_model["parameters"], cate_model["interval_factors"])
+    estimator = fit_chosen(runs, chosen, *kept)
     counted = [task for task, weight in zip(runs.tasks, weights_T, strict=True) if weight > 0]
     # The search asks for thousands of gains: only of the tasks that count.
-    searched = fit_chosen(
-        runs.select_tasks(counted), {t: chosen[t] for t in counted}, settings.seed, parameters
-    )
+    searched = fit_chosen(runs.select_tasks(counted), {t: chosen[t] for t in counted}, *kept)
     state_DP = live_covariates.select(runs.covariates).to_numpy()
     reach = overlap(state_DP, runs.distinct_states()[1], domains, runs.covariates)
     reference_D = baselines["reference"].to_numpy()

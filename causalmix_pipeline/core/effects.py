@@ -92,7 +92,8 @@ class CrossValidation:
             that is explained; outcome and prediction both centred by the state's own mean), `r2`
             (over all runs), `spearman`, `spearman_within` (of the centred values), each with `_se`
             (jackknife over states), `coverage_90` (share of observed gains over the state's first
-            run inside their nominal 90% interval; null without standard errors), `n_gains`.
+            run inside their nominal 90% interval; null without standard errors), `interval_factor`
+            (1 or more: by what standard errors must grow so that 90% are inside), `n_gains`.
     """
 
     name: str
@@ -124,15 +125,15 @@ def cross_validate(
     """
     fold_N = assign_folds(runs, n_folds, seed)
     prediction_NT = np.full(runs.outcome_NT.shape, np.nan)
-    covered_NT = np.full(runs.outcome_NT.shape, np.nan)
+    surprise_NT = np.full(runs.outcome_NT.shape, np.nan)
     name = ""
     for fold in np.unique(fold_N):
         estimator = make().fit(runs.subset(fold_N != fold))
         name = estimator.name
         for rows, state_DP in _rows_by_state(runs, fold_N == fold):
             prediction_NT[rows] = estimator.predict(state_DP, runs.mixture_ND[rows])
-            covered_NT[rows[1:]] = _covered(estimator, runs, rows, state_DP)
-    frame = _score_table(runs, prediction_NT, covered_NT)
+            surprise_NT[rows[1:]] = _surprise(estimator, runs, rows, state_DP)
+    frame = _score_table(runs, prediction_NT, surprise_NT)
     return CrossValidation(name, runs.run_ids, fold_N, prediction_NT, frame)
 
 
@@ -318,21 +319,22 @@ def _rows_by_state(runs: RunTable, mask_N: np.ndarray) -> list[tuple[np.ndarray,
     return [(rows, runs.state_NDP[rows[0]]) for rows in by_run]
 
 
-def _covered(
+def _surprise(
     estimator: EffectEstimator, runs: RunTable, rows: np.ndarray, state_DP: np.ndarray
 ) -> np.ndarray:
-    """Whether each observed gain over the state's first run is inside its interval; nan if none.
+    """Errors of gains over the state's first run, in standard errors; nan if there are none.
 
-    The interval adds the seed noise of the two runs to the standard error of the expected gain.
+    The standard error adds the seed noise of the two runs to that of the expected gain.
     """
     gain = estimator.gain(state_DP, runs.mixture_ND[rows[1:]], runs.mixture_ND[rows[0]])
     noise_T = getattr(estimator, "noise_variance_T", np.full(len(runs.tasks), np.nan))
-    half_MT = Z90 * np.sqrt(gain.se_MT**2 + 2 * noise_T)
     error_MT = runs.outcome_NT[rows[1:]] - runs.outcome_NT[rows[0]] - gain.mean_MT
-    return np.where(np.isnan(half_MT), np.nan, np.abs(error_MT) <= half_MT)
+    return np.abs(error_MT) / np.sqrt(gain.se_MT**2 + 2 * noise_T)
 
 
-def _score_table(runs: RunTable, prediction_NT: np.ndarray, covered_NT: np.ndarray) -> pl.DataFrame:
+def _score_table(
+    runs: RunTable, prediction_NT: np.ndarray, surprise_NT: np.ndarray
+) -> pl.DataFrame:
     observed_NT = runs.outcome_NT
     within_NT = center_by_state(observed_NT, runs.state_ids)
     predicted_within_NT = center_by_state(prediction_NT, runs.state_ids)
@@ -340,7 +342,7 @@ def _score_table(runs: RunTable, prediction_NT: np.ndarray, covered_NT: np.ndarr
     for t, task in enumerate(runs.tasks):
         y, f = observed_NT[:, t], prediction_NT[:, t]
         yw, fw = within_NT[:, t], predicted_within_NT[:, t]
-        has_gain = ~np.isnan(covered_NT[:, t])
+        surprise_M = surprise_NT[~np.isnan(surprise_NT[:, t]), t]
         statistics: dict[str, Callable[[np.ndarray], float]] = {
             "r2_within": lambda i, yw=yw, fw=fw: r_squared(yw[i], fw[i]),
             "r2": lambda i, y=y, f=f: r_squared(y[i], f[i], float(y[i].mean())),
@@ -351,7 +353,12 @@ def _score_table(runs: RunTable, prediction_NT: np.ndarray, covered_NT: np.ndarr
         for name, statistic in statistics.items():
             row[name] = statistic(np.arange(runs.n_runs))
             row[f"{name}_se"] = jackknife_se(statistic, runs.state_ids)
-        row["coverage_90"] = float(covered_NT[has_gain, t].mean()) if has_gain.any() else None
-        row["n_gains"] = int(has_gain.sum())
+        known = len(surprise_M) > 0
+        row["coverage_90"] = float((surprise_M <= Z90).mean()) if known else None
+        widened = max(1.0, float(np.quantile(surprise_M, 0.9)) / Z90) if known else None
+        row["interval_factor"] = widened
+        row["n_gains"] = len(surprise_M)
         rows.append(row)
-    return pl.DataFrame(rows, schema_overrides={"coverage_90": pl.Float64})
+    return pl.DataFrame(
+        rows, schema_overrides={"coverage_90": pl.Float64, "interval_factor": pl.Float64}
+    )

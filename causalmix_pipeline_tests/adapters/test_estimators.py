@@ -85,6 +85,21 @@ def test_kept_parameters_give_the_same_fit_to_the_bit(runs):
     assert other.gain(STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT[:, 0].tolist() != gain[:, 0].tolist()
 
 
+def test_widened_intervals_cover_nine_of_ten_held_out_gains(runs):
+    """The factor is the one that brings the observed coverage up to the nominal one."""
+    choice = choose_estimator(runs, ("structured_ridge",))
+    factors = choice.interval_factors
+    narrow = fit_chosen(runs, choice.chosen).gain(STATE_DP, MIXTURE_MD, EQUAL_D)
+    wide = fit_chosen(runs, choice.chosen, interval_factors=factors)
+    gain = wide.gain(STATE_DP, MIXTURE_MD, EQUAL_D)
+
+    assert all(factor >= 1 for factor in factors.values())
+    for row in choice.frame.to_dicts():
+        assert (row["interval_factor"] > 1) == (row["coverage_90"] < 0.9)
+    np.testing.assert_allclose(gain.se_MT, narrow.se_MT * list(factors.values()))
+    np.testing.assert_array_equal(gain.mean_MT, narrow.mean_MT)
+
+
 def test_each_task_is_answered_by_its_own_choice(runs):
     chosen = {"task_0": "regmix", "task_1": "structured_ridge", "task_2": "regmix"}
 
