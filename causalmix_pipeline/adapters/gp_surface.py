@@ -10,7 +10,9 @@ With s = sqrt(share) and z = standardised covariates, the prior covariance of tw
     state_id       same state                     what the covariates miss; cancels in gains
     noise          same run                       the seed
 
-where i_d is the importance of domain d and covariates are weighted alike in all domains. Each task
+with i_d the importance of domain d; covariates are weighted alike in all domains. A task whose
+outcomes are all negative is a loss with its sign turned: the process models minus the log of that
+loss. Losses follow power laws, so the last tenth of a domain brings less than the first. Each task
 has its own hyper-parameters, found by maximising the marginal likelihood with weak priors: sharing
 them among tasks, and leaving the importance out, was measured and is worse (docs/DECISIONS.md).
 Source: C. E. Rasmussen and C. K. I. Williams, Gaussian Processes for Machine Learning, sections 2.2
@@ -137,12 +139,14 @@ class ResponseSurface:
             self._scaler.transform(runs.state_NDP),
             runs.state_ids,
         )
-        deviation_T = runs.outcome_NT.std(axis=0)
-        self._mean_T = runs.outcome_NT.mean(axis=0)
+        self._is_loss_T = (runs.outcome_NT < 0).all(axis=0)
+        latent_NT = _to_latent(runs.outcome_NT, self._is_loss_T)
+        deviation_T = latent_NT.std(axis=0)
+        self._mean_T = latent_NT.mean(axis=0)
         self._scale_T = np.where(
             deviation_T > RELATIVE_FLOOR * (1 + np.abs(self._mean_T)), deviation_T, 1.0
         )
-        standard_NT = (runs.outcome_NT - self._mean_T) / self._scale_T
+        standard_NT = (latent_NT - self._mean_T) / self._scale_T
         self._tasks = runs.tasks
         self._posteriors = [
             _Posterior(hyper, points, standard_NT[:, t])
@@ -151,7 +155,8 @@ class ResponseSurface:
             )
         ]
         noise_T = np.array([posterior.noise_variance for posterior in self._posteriors])
-        self.noise_variance_T = noise_T * self._scale_T**2
+        slope_T = np.where(self._is_loss_T, (runs.outcome_NT**2).mean(axis=0), 1.0)
+        self.noise_variance_T = noise_T * self._scale_T**2 * slope_T
         white_NT = np.column_stack([posterior.white_N for posterior in self._posteriors])
         size_T = np.sqrt((white_NT**2).sum(axis=0))
         white_NT = white_NT / np.where(size_T > 0, size_T, 1.0)
@@ -159,18 +164,26 @@ class ResponseSurface:
         return self
 
     def predict(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> np.ndarray:
-        """Return the posterior mean of the outcome of each mixture; shape (M, T)."""
+        """Return the posterior median of the outcome of each mixture; shape (M, T)."""
         scaled_DP, root_MD = self._inputs(state_DP, np.atleast_2d(mixture_MD))
         mean_MT = np.column_stack([p.predict(scaled_DP, root_MD) for p in self._posteriors])
-        return self._mean_T + mean_MT * self._scale_T
+        return _to_outcome(self._mean_T + mean_MT * self._scale_T, self._is_loss_T)
 
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
-        """Return differences of posterior means and their joint posterior standard errors."""
+        """Return gains over the reference and their joint posterior standard errors.
+
+        Of a loss, the process knows the ratio of the two losses and its error; the gain is that
+        ratio's part of the loss predicted for the reference (delta method).
+        """
         scaled_DP, root_MD = self._inputs(state_DP, np.vstack([reference_D, mixture_MD]))
         parts = [p.gain(scaled_DP, root_MD[1:], root_MD[0]) for p in self._posteriors]
+        step_MT = np.column_stack([mean_M for mean_M, _ in parts]) * self._scale_T
+        se_MT = np.column_stack([se_M for _, se_M in parts]) * self._scale_T
+        loss_T = -self.predict(state_DP, reference_D)[0]
+        ratio_MT = np.exp(-np.where(self._is_loss_T, step_MT, 0.0))
         return Gain(
-            np.column_stack([mean_M for mean_M, _ in parts]) * self._scale_T,
-            np.column_stack([se_M for _, se_M in parts]) * self._scale_T,
+            np.where(self._is_loss_T, loss_T * (1 - ratio_MT), step_MT),
+            np.where(self._is_loss_T, loss_T * ratio_MT * se_MT, se_MT),
         )
 
     def parameters(self) -> dict:
@@ -196,6 +209,16 @@ class ResponseSurface:
         few = _Points(points.root_ND[seen], points.state_NDP[seen], points.state_ids[seen])
         starts = _starts(names, rng, self.n_restarts)
         return [_search(names, few, standard_N, starts) for standard_N in standard_NT[seen].T]
+
+
+def _to_latent(outcome: np.ndarray, is_loss_T: np.ndarray) -> np.ndarray:
+    """What the process models: minus the log of a loss, any other outcome as it is."""
+    return np.where(is_loss_T, -np.log(np.where(is_loss_T, -outcome, 1.0)), outcome)
+
+
+def _to_outcome(latent: np.ndarray, is_loss_T: np.ndarray) -> np.ndarray:
+    """Inverse of `_to_latent`."""
+    return np.where(is_loss_T, -np.exp(-np.where(is_loss_T, latent, 0.0)), latent)
 
 
 class _Posterior:

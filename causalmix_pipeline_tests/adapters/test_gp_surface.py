@@ -279,3 +279,64 @@ def test_runs_that_carry_no_estimate_are_refused(runs):
     assert check_runs(runs) is None
     with pytest.raises(EstimationError, match="at least 3 pool states, got 1"):
         ResponseSurface().fit(POOL.run_table(1, 20))
+
+
+def loss_runs(seed: int, n_states: int = 24) -> RunTable:
+    """A loss that falls as a power of a domain's share, faster in states that suit it."""
+    rng = np.random.default_rng(seed)
+    state_SDP = rng.normal(size=(n_states, 4, 1))
+    state_ids = np.repeat(np.arange(n_states), 4)
+    mixture_ND = rng.dirichlet(np.ones(4), size=4 * n_states)
+    noise_N = rng.normal(scale=0.01, size=len(mixture_ND))
+    return RunTable(
+        domains=tuple("abcd"),
+        covariates=("suits",),
+        tasks=("task",),
+        run_ids=tuple(f"{seed}-{i:03d}" for i in range(len(mixture_ND))),
+        state_ids=state_ids,
+        state_NDP=state_SDP[state_ids],
+        mixture_ND=mixture_ND,
+        outcome_NT=-(power_law(state_SDP[state_ids], mixture_ND) * np.exp(noise_N))[:, None],
+        repeat_of_N=np.arange(len(mixture_ND)),
+    )
+
+
+def power_law(state_NDP: np.ndarray, mixture_ND: np.ndarray) -> np.ndarray:
+    return 4 * (0.02 + mixture_ND[:, 0]) ** (-0.25 - 0.05 * state_NDP[:, 0, 0])
+
+
+def test_a_loss_never_leaves_its_side_of_zero():
+    surface = ResponseSurface().fit(loss_runs(0))
+    vertices_MD = np.eye(4)
+
+    assert (surface.predict(np.full((4, 1), 3.0), vertices_MD) < 0).all()
+
+
+def test_the_gain_on_a_loss_is_the_difference_of_the_two_predictions():
+    surface, state_DP = ResponseSurface().fit(loss_runs(0)), np.zeros((4, 1))
+    gain = surface.gain(state_DP, MIXTURE_MD, EQUAL_D).mean_MT
+
+    difference_MT = surface.predict(state_DP, MIXTURE_MD) - surface.predict(state_DP, EQUAL_D)
+    np.testing.assert_allclose(gain, difference_MT, rtol=1e-9, atol=1e-12)
+
+
+def test_a_planted_power_law_is_found_beyond_the_shares_that_were_tried():
+    """On the loss itself the process would go on in a straight line past the data."""
+    runs = loss_runs(1)
+    runs = runs.subset(runs.mixture_ND[:, 0] < 0.6)
+    mixture_MD = np.array([[0.85, 0.05, 0.05, 0.05]])
+    state_DP = np.full((4, 1), 1.0)
+    true = power_law(state_DP[None], EQUAL_D[None]) - power_law(state_DP[None], mixture_MD)
+
+    gain = ResponseSurface().fit(runs).gain(state_DP, mixture_MD, EQUAL_D)
+
+    assert abs(gain.mean_MT[0, 0] - true[0]) < max(2 * gain.se_MT[0, 0], 0.1 * true[0])
+
+
+def test_outcomes_of_both_signs_are_modelled_as_they_are(runs, surface):
+    assert (runs.outcome_NT > 0).any(axis=0).all()
+    shifted = replace(runs, outcome_NT=runs.outcome_NT + 5.0)
+
+    gain = ResponseSurface().fit(shifted).gain(NEW_STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT
+    expected = surface.gain(NEW_STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT
+    np.testing.assert_allclose(gain, expected, atol=1e-4)

@@ -67,7 +67,7 @@ TASKS = {"first": "eval_first", "both": "eval"}
 METHODS = ("response_surface", "response_surface_blind", "regmix")
 #: RegMix averages the best of many candidates; a maximum of its steps would chase noise.
 POLICY = {"response_surface": "optimum", "response_surface_blind": "optimum", "regmix": "search"}
-NEW_STATES_FROM = 10_000
+NEW_STATES_FROM = 20_000
 FRESH_SEEDS_FROM = 900_000
 
 
