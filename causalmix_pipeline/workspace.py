@@ -100,7 +100,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def quiet_log(self) -> Iterator[Path]:
-        """Send Dagster's own log to `data/logs`; the screen keeps the progress line."""
+        """Send what libraries write to `data/logs`; the screen keeps the progress line."""
         path = self.log_path
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as log, contextlib.redirect_stderr(log):
@@ -108,7 +108,7 @@ class Workspace:
 
     @property
     def log_path(self) -> Path:
-        """Where Dagster's log of the newest command is."""
+        """Where the newest command keeps what libraries wrote to standard error."""
         return self.settings.data_path / "logs" / "causalmix.log"
 
 

@@ -201,7 +201,6 @@ def test_a_refresh_of_a_changed_pool_makes_the_live_side_and_trains_nothing(fini
     assert "proxy runs trained: 0" in text
     assert "Overlap verdict: " in text
     assert "RUN_START" not in text
-    assert "RUN_SUCCESS" in next(finished.parent.rglob("causalmix.log")).read_text()
 
 
 def test_a_refresh_never_trains_unasked(project_file):

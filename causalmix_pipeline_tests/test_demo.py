@@ -45,7 +45,8 @@ def write_demo_pool(root: Path) -> None:
             file = f"{domain}/{source}.jsonl"
             write_texts(root / "experiment" / file, n=40, alphabet=alphabet[s:], seed=1)
             write_texts(root / "live" / file, n=24, alphabet=alphabet[s:], seed=2)
-        write_texts(root / "eval" / f"{domain}.jsonl", n=12, alphabet=alphabet, seed=3)
+        for folder in ("eval", "eval_first"):
+            write_texts(root / folder / f"{domain}.jsonl", n=12, alphabet=alphabet, seed=3)
     near, far = root / "drops" / "within_reach", root / "drops" / "out_of_reach"
     write_texts(near / "math" / "word_problems.jsonl", n=30, alphabet="abcdefghijklm", seed=4)
     write_texts(far / "math" / "noise.jsonl", n=200, alphabet="0123456789#$%&", seed=5)

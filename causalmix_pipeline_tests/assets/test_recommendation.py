@@ -42,7 +42,8 @@ def baselines() -> pl.DataFrame:
 
 def choose(state_DP: np.ndarray, **policy) -> dict:
     chosen = dict.fromkeys(RUNS.tasks, "structured_ridge")
-    return choose_mixture(settings(**policy), RUNS, chosen, live(state_DP), baselines())
+    model = {"chosen": chosen, "parameters": {}, "interval_factors": {}}
+    return choose_mixture(settings(**policy), RUNS, model, live(state_DP), baselines())
 
 
 def test_the_recommended_mixture_truly_gains_over_the_reference():
