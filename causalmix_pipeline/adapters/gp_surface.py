@@ -92,7 +92,7 @@ class _Points:
 
 
 class ResponseSurface:
-    """The structured Gaussian process of METHOD 4 B, behind `core.effects.EffectEstimator`.
+    """The structured Gaussian process, behind `core.effects.EffectEstimator`.
 
     Attributes:
         noise_variance_T: variance of one run's outcome around its mean; shape (T,).

@@ -2,7 +2,7 @@
 
 Features are s = sqrt(share), s_d z_d and z (standardised covariates). The penalty and the relative
 weight of the three groups are chosen per task by the error on left-out pool states, in closed form
-from the ridge's own projection. It extrapolates badly outside the runs' states (METHOD, section 4):
+from the ridge's own projection. It extrapolates badly outside the runs' states:
 a fallback and a yardstick, not a default.
 """
 

@@ -24,7 +24,7 @@ from causalmix_pipeline.resources.settings import Settings
 REGMIX_CANDIDATES = 100_000
 REGMIX_BEST = 128
 
-#: Proxy runs offered where the live pool is out of reach of the runs (METHOD, section 6).
+#: Proxy runs offered where the live pool is out of reach of the runs.
 TOP_UP_RUNS = 16
 
 #: Part of the trust radius that is left where the live pool is only nearly within reach.
@@ -333,10 +333,10 @@ def recommended_mixture(
             "gain": dg.MetadataValue.float(value["gain"]),
             "verdict": value["verdict"],
             "overlap score (supported up to 1)": dg.MetadataValue.float(value["overlap_score"]),
-            **{f"share of {d}": s for d, s in zip(value["domains"], best, strict=True)},
             "recommended": share_bars(dict(zip(value["domains"], best, strict=True))),
             "beside the baselines": markdown_table(mixture_rows(value)),
             "gains over the reference": markdown_table(value["gains"]),
+            **{f"share of {d}": s for d, s in zip(value["domains"], best, strict=True)},
         },
         check_results=[
             simplex_check("mixture_sums_to_one", [np.array(best)]),

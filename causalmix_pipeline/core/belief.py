@@ -1,4 +1,4 @@
-"""When to believe an estimate: overlap, noise floor, confounding, placebo (METHOD, section 6)."""
+"""When to believe an estimate: overlap, noise floor, confounding, placebo."""
 
 from __future__ import annotations
 
