@@ -139,7 +139,7 @@ class ResponseSurface:
             self._scaler.transform(runs.state_NDP),
             runs.state_ids,
         )
-        self._is_loss_T = (runs.outcome_NT < 0).all(axis=0)
+        self._is_loss_T = np.asarray((runs.outcome_NT < 0).all(axis=0))
         latent_NT = _to_latent(runs.outcome_NT, self._is_loss_T)
         deviation_T = latent_NT.std(axis=0)
         self._mean_T = latent_NT.mean(axis=0)
