@@ -17,7 +17,7 @@ from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
 
 #: What each verdict means, in a sentence.
 VERDICT_WORDS = {
-    "supported": "the pool is within reach of the proxy runs; gain and interval can be believed",
+    "supported": "the pool is within reach of the proxy runs, on which gain and interval rest",
     "extrapolating": "the pool is a little beyond the proxy runs; take the gain as a rough guide",
     "unsupported": "no proxy run has seen such a pool; the reference mixture is kept",
 }
