@@ -64,7 +64,7 @@ VERDICTS = {
     "extrapolating": "The live pool lies a little beyond the experiment's pool states. Take the "
     "predicted gain as a rough guide, and train the top-up runs before a large training run.",
     "unsupported": "No proxy run has seen a pool like this one, so no gain can be promised: the "
-    "reference mixture is kept. The top-up runs listed below would settle it.",
+    "reference mixture is kept. The top-up runs listed below would help.",
 }
 
 

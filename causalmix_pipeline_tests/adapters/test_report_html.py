@@ -178,7 +178,7 @@ def test_an_unsupported_pool_keeps_the_reference_and_promises_nothing():
     assert "Reference mixture kept" in text
     assert "no gain promised" in text
     assert "+0.046" not in text
-    assert "run the 2 top-up proxy runs" in text
+    assert "The 2 top-up proxy runs below would tell more" in text
     assert "What binds" not in text
 
 
