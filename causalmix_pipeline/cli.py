@@ -62,6 +62,69 @@ def demo(
 
 
 @app.command()
+def profile(
+    pool: Annotated[
+        str | None, typer.Argument(help="Folder, file, glob or URL; without it the live pool.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; data/profile.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an earlier profile: same scale, and what changed since."),
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Measure the covariates of a pool: every document once, only new ones again."""
+    from causalmix_pipeline.profiling import profile_to_folder
+    from causalmix_pipeline.resources.project import Project
+    from causalmix_pipeline.workspace import find_config
+
+    project = Project(config_file=str(find_config(config).resolve()))
+    location = project.settings.live_path if pool is None else named_location(pool)
+    target = out or project.folder("profile")
+    profile_to_folder(project, location, target, console(), like=like)
+
+
+def named_location(pool: str) -> str | Path:
+    """A pool as named on the command line: a URL as it is, a path from here."""
+    return pool if "://" in pool else Path(pool).expanduser().absolute()
+
+
+@app.command(name="fetch-scorer")
+def fetch_scorer(config: ConfigOption = None) -> None:
+    """Fetch the small language model that scores documents (SmolLM2-135M-Instruct, 90 MB)."""
+    from causalmix_pipeline.adapters.scorer_weights import fetch_scorer as fetch
+    from causalmix_pipeline.resources.project import Project
+    from causalmix_pipeline.workspace import find_config
+
+    path = find_config(config)
+    folder = Project(config_file=str(path.resolve())).folder("scorers")
+    found = fetch(folder)
+    console().print(
+        f"Kept in {escape(str(found))}. To score with it, set in {escape(str(path))}:\n"
+        f"profile:\n  lm: {escape(str(found))}"
+    )
+
+
+@app.command()
+def covariates(config: ConfigOption = None) -> None:
+    """Try which covariates help, on the proxy runs at hand; trains no proxy."""
+    import dagster as dg
+
+    from causalmix_pipeline.console import choice_table
+    from causalmix_pipeline.workspace import open_workspace
+
+    out = console()
+    with open_workspace(config, out) as work:
+        work.bring_up_to_date(dg.AssetSelection.assets("covariate_choice"))
+        choice = work.value("covariate_choice")
+    out.print(choice_table(choice))
+    for row in choice["collinear"]:
+        out.print(escape(", ".join(f"{name}: {value}" for name, value in row.items())))
+    out.print(f"Chosen: {', '.join(choice['chosen']) or 'none helps'}")
+    out.print(f"Used now: {', '.join(choice['used'])} (`covariates` in the settings)")
+
+
+@app.command()
 def plan(config: ConfigOption = None) -> None:
     """Say what the proxy runs cost on this machine, before any is trained."""
     import dagster as dg
@@ -314,25 +377,25 @@ def check_package(name: str, purpose: str, level: str) -> Finding:
 
 def pool_checks(settings) -> list[tuple[str, Callable[[], str]]]:
     """Both pools: can their documents be read?"""
-    from causalmix_pipeline.adapters.pool_reader import ColumnMap, read_pool
+    from causalmix_pipeline.adapters.profiler import PoolSpec, survey_pool
+    from causalmix_pipeline.resources.project import column_map, door_rules
 
-    columns = ColumnMap(**settings.columns.model_dump())
-
-    def check(folder: Path) -> str:
-        pool = read_pool(
-            folder,
-            columns,
-            domains=settings.domains,
+    def check(location: str | Path) -> str:
+        spec = PoolSpec(
+            location,
+            column_map(settings),
+            door_rules(settings),
+            domains=None if settings.domains is None else tuple(settings.domains),
             max_rejected_share=settings.quality.max_rejected_share,
         )
-        domains = pool.documents["domain"].n_unique()
+        found = survey_pool(spec, max_bytes=0)
         return (
-            f"{pool.documents.height:,} documents in {domains} domains, "
-            f"{pool.quarantine.height} rows refused"
+            f"{sum(found.documents_of.values()):,} documents in {len(found.documents_of)} domains, "
+            f"{found.quarantine.height} rows refused"
         )
 
-    folders = {"experiment": settings.experiment_path, "live": settings.live_path}
-    return [(name, lambda folder=folder: check(folder)) for name, folder in folders.items()]
+    places = {"experiment": settings.experiment_path, "live": settings.live_path}
+    return [(name, lambda place=place: check(place)) for name, place in places.items()]
 
 
 def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:

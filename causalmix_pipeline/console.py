@@ -266,3 +266,16 @@ def top_up_table(recommended: Mapping, limit: int = 4) -> Table:
         shares = [share_text(row[f"share__{domain}"]) for domain in recommended["domains"]]
         table.add_row(str(i + 1), *shares)
     return table
+
+
+def choice_table(choice: Mapping) -> Table:
+    """Subsets of covariates that were tried, the best first, with standard errors."""
+    columns = ["subset", "size", "R2 within unseen states", "s.e.", "below best", "s.e. of that"]
+    table = new_table(columns, left=["subset"])
+    for row in choice["table"]:
+        names = ", ".join(row["covariates"]) or "none"
+        label = f"{row['kind']}: {names}" + (" (chosen)" if row["chosen"] else "")
+        numbers = ("r2_within", "r2_within_se", "below_best", "below_best_se")
+        cells = ("-" if row[name] is None else f"{row[name]:.3f}" for name in numbers)
+        table.add_row(escape(label), str(row["size"]), *cells)
+    return table

@@ -16,6 +16,7 @@ from causalmix_pipeline.assets import (
 from causalmix_pipeline.automation.conditions import with_live_condition
 from causalmix_pipeline.automation.jobs import (
     adopt_experiment_pool,
+    choose_covariates_job,
     experiment_job,
     make_refresh_schedule,
     refresh_job,
@@ -47,7 +48,13 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
     definitions = dg.Definitions(
         assets=assets,
         asset_checks=dg.load_asset_checks_from_modules(modules),
-        jobs=[experiment_job, refresh_job, validate_job, adopt_experiment_pool],
+        jobs=[
+            experiment_job,
+            refresh_job,
+            validate_job,
+            choose_covariates_job,
+            adopt_experiment_pool,
+        ],
         schedules=[make_refresh_schedule(settings, lambda: built[0])],
         sensors=[make_pool_sensor(settings), make_condition_sensor(settings)],
         resources=default_resources(config_file),

@@ -33,7 +33,6 @@ from causalmix_pipeline.console import (
     signal_table,
     top_up_table,
 )
-from causalmix_pipeline.core.pool_state import COVARIATES
 from causalmix_pipeline.workspace import DEMO_CONFIG, Workspace, open_workspace
 
 #: What the demo's model shall be good at; the other domains' text is only reported. Each task is
@@ -113,8 +112,9 @@ def tell(console: Console, *, preset: str = "demo", config_file: Path = DEMO_CON
     pool = assemble(config_file.parent / "demo", console)
     write_atomically(config_file, demo_settings(pool, config_file, preset).encode())
     with open_workspace(config_file, console) as work:
+        live = work.settings.resolve(work.settings.pools.live)
         console.rule("1. From a pool to a mixture", align="left")
-        start_live_pool(pool, work.settings.live_path, console)
+        start_live_pool(pool, live, console)
         before = work.n_proxy_runs()
         made = work.bring_up_to_date(work.selection())
         show_first(work, made, work.n_proxy_runs() - before, started)
@@ -180,7 +180,7 @@ def refresh_after_drop(work: Workspace, pool: DemoPool, drop: str) -> None:
     console, started = work.console, time.monotonic()
     before, covariates = work.value("recommended_mixture"), work.value("live_covariates")
     n_before = work.n_proxy_runs()
-    files = drop_into_live(pool.root, work.settings.live_path, drop)
+    files = drop_into_live(pool.root, work.settings.resolve(work.settings.pools.live), drop)
     made = work.bring_up_to_date(work.selection())
     after = work.value("recommended_mixture")
     console.print(
@@ -232,7 +232,6 @@ def moved_covariates(
         states: the experiment's states; their standard deviation is the unit of a move.
         covariates: those that the estimators use.
     """
-    assert set(covariates) <= set(COVARIATES)
     spread = {
         row["domain"]: row
         for row in states.group_by("domain").agg(pl.col(list(covariates)).std()).to_dicts()

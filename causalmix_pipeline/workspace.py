@@ -10,11 +10,13 @@ from typing import Any
 
 import dagster as dg
 from rich.console import Console
+from upath import UPath
 
+from causalmix_pipeline.adapters.run_store import RunStore
+from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.automation.staleness import refresh, stale_assets
 from causalmix_pipeline.console import Work, progress_line
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError
-from causalmix_pipeline.resources.frame_store import read_value
 from causalmix_pipeline.resources.instance import close_dead_runs, ensure_instance
 from causalmix_pipeline.resources.observation import (
     EXPERIMENT_POOL,
@@ -29,7 +31,7 @@ from causalmix_pipeline.resources.settings_file import config_path, load_setting
 DEMO_CONFIG = Path("data/demo.yaml")
 
 #: Assets that are made only when a person asks for them by name.
-ON_REQUEST = ("validation_runs",)
+ON_REQUEST = ("validation_runs", "covariate_choice")
 
 
 def find_config(given: Path | None) -> Path:
@@ -65,11 +67,11 @@ class Workspace:
             FileNotFoundError: if it was never made.
             PoolError: if its file was damaged.
         """
-        return read_value(self.settings.data_path / "assets" / f"{asset}.parquet")
+        return read_value(UPath(self.settings.assets_root) / f"{asset}.parquet")
 
     def n_proxy_runs(self) -> int:
         """Finished proxy runs in the run store."""
-        return sum(1 for _ in (self.settings.data_path / "run_store" / "runs").glob("*/*.json"))
+        return RunStore(self.settings.run_store_root).n_records()
 
     def selection(self, *, live_only: bool = False) -> dg.AssetSelection:
         """What a refresh may make: everything that needs no request, or the live side."""

@@ -52,7 +52,6 @@ def write_project(root: Path, **overrides) -> Path:
         ],
         "proxy": {
             "preset": "tests",
-            "workers": 2,
             "overrides": {"vocab_size": 384, "sequence_length": 32},
         },
         "design": {
@@ -60,6 +59,7 @@ def write_project(root: Path, **overrides) -> Path:
             "mixtures_per_state": 2,
             "noise_panel": {"mixtures": 2, "seeds": 2},
         },
+        "backend": {"workers": 2},
         "estimators": ["structured_ridge", "regmix"],
         "automation": {"quiet_seconds": 0},
     }
@@ -80,7 +80,7 @@ def finished_project(tmp_path_factory) -> Path:
 
     18 proxy runs of 30 steps: plumbing, no claim about signal.
     """
-    from causalmix_pipeline.automation.jobs import VALIDATION
+    from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, VALIDATION
     from causalmix_pipeline.automation.staleness import refresh
     from causalmix_pipeline.definitions import build_definitions
     from causalmix_pipeline.resources.instance import ensure_instance
@@ -93,7 +93,8 @@ def finished_project(tmp_path_factory) -> Path:
     with ensure_instance(settings.data_path) as instance:
         observe_pool(instance, settings, EXPERIMENT_POOL)
         observe_pool(instance, settings, LIVE_POOL)
-        refresh(build_definitions(config), instance, dg.AssetSelection.all() - VALIDATION)
+        wanted = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE
+        refresh(build_definitions(config), instance, wanted)
     return root
 
 

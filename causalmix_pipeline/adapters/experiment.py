@@ -8,41 +8,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.document_scores import (
+from causalmix_pipeline.adapters.local_backend import engine_name
+from causalmix_pipeline.adapters.pool_files import pool_files
+from causalmix_pipeline.adapters.profiler import PoolSpec, pool_batches, sample_compress_ratio
+from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
+from causalmix_pipeline.adapters.token_scores import (
     CrossFittedModel,
     PoolLanguageModel,
-    add_noisy_twins,
-    score_documents,
+    TokenScorer,
 )
-from causalmix_pipeline.adapters.local_backend import engine_name
-from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
 from causalmix_pipeline.adapters.tokenizer import (
     END_ID,
     TokenStore,
     cut_windows,
     encode_texts,
+    token_bytes,
     train_tokenizer,
     vocab_size_of,
+)
+from causalmix_pipeline.core.covariates import (
+    SAMPLE_BYTES,
+    SAMPLE_CHARS,
+    CovariateMeter,
+    Normaliser,
+    covariates_of,
 )
 from causalmix_pipeline.core.design import Design
 from causalmix_pipeline.core.errors import EstimationError, PoolError
 from causalmix_pipeline.core.pool_state import (
-    COVARIATES,
     N_REFERENCE_STATES,
     DomainDraw,
     Membership,
-    Normaliser,
     StateRanges,
     draw_state,
-    fit_normaliser,
     index_documents,
-    measure_covariates,
 )
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
@@ -100,6 +106,10 @@ class PoolTokenizer:
         share_V = counts_V[counts_V > 0] / counts_V.sum()
         return float(-(share_V * np.log(share_V)).sum())
 
+    def scorer(self, folder: Path) -> TokenScorer:
+        """What measures documents by this tokenizer; its tables are kept below `folder`."""
+        return TokenScorer.write(folder, self.tokenizer_json, self.language_model)
+
     def to_dict(self) -> dict:
         """Plain values that JSON can hold."""
         halves = []
@@ -129,49 +139,45 @@ def _counts_of(values: Mapping) -> PoolLanguageModel:
     return PoolLanguageModel(unigram_V, bigram_VV)
 
 
-def profile_documents(
-    documents: pl.DataFrame,
-    tokenizer: PoolTokenizer,
-    *,
-    known_scores: pl.DataFrame | None = None,
-    noise_seed: int | None = None,
-) -> tuple[pl.DataFrame, list[np.ndarray]]:
-    """Score every document of a pool.
+def write_token_store(
+    store: RunStore, spec: PoolSpec, documents: pl.DataFrame, tokenizer: PoolTokenizer
+) -> str:
+    """Keep a pool's tokens for the workers; the pool is read again, unless they are kept already.
 
     Args:
-        documents: the reader's frame.
+        store: where.
+        spec: the pool.
+        documents: its documents frame.
         tokenizer: of the experiment pool.
-        known_scores: an earlier documents frame; its contents aren't scored again.
-        noise_seed: append noisy twins drawn with this seed; None appends none.
-
-    Returns:
-        The documents frame, and the token ids of each of its rows.
-    """
-    if noise_seed is None:
-        documents = documents.with_columns(
-            augmented=pl.lit(False), twin_of=pl.lit(None, dtype=pl.String)
-        )
-    else:
-        documents = add_noisy_twins(documents, seed=noise_seed)
-    encoded = encode_texts(tokenizer.tokenizer_json, documents["text"].to_list())
-    scored = score_documents(documents, encoded, tokenizer.language_model, known_scores)
-    return scored, encoded
-
-
-def write_token_store(
-    store: RunStore,
-    documents: pl.DataFrame,
-    encoded: Sequence[np.ndarray],
-    tokenizer: PoolTokenizer,
-) -> str:
-    """Keep the documents' tokens for the workers.
 
     Returns:
         The name of the token store: the hash of the documents' ids and of the tokenizer.
+
+    Raises:
+        PoolError: if the pool's files lack a document of the frame.
     """
     ids = documents["document_id"].to_list()
     name = hashlib.sha256((tokenizer.tokenizer_hash + "\n".join(ids)).encode()).hexdigest()[:32]
-    TokenStore.write(store.root / "tokens" / name, ids, encoded)
+    if store.has_tokens(name):
+        return name
+    wanted = set(ids)
+
+    def encoded() -> Iterator[tuple[list[str], list[np.ndarray]]]:
+        for file in pool_files(spec.location):
+            for batch, _, _ in pool_batches(file, spec):
+                new = batch.filter(pl.col("document_id").is_in(list(wanted))).unique(
+                    "document_id", keep="first", maintain_order=True
+                )
+                found = new["document_id"].to_list()
+                wanted.difference_update(found)
+                yield found, encode_texts(tokenizer.tokenizer_json, new["text"].to_list())
+        if wanted:
+            raise PoolError(
+                f"{spec.location} must be as it was when it was profiled, but lacks "
+                f"{len(wanted)} of {len(ids)} documents: profile it again."
+            )
+
+    store.put_tokens(name, encoded(), vocab_size_of(tokenizer.tokenizer_json))
     return name
 
 
@@ -182,14 +188,14 @@ class DrawnStates:
     Attributes:
         draws: how each domain of each state was drawn.
         memberships: documents of each state.
-        values_MDP: raw covariates, in the order of `COVARIATES`.
-        normaliser: fitted on the reference states of the experiment pool.
+        covariates: P names.
+        values_MDP: raw covariates.
     """
 
     draws: list[list[DomainDraw]]
     memberships: list[Membership]
+    covariates: tuple[str, ...]
     values_MDP: np.ndarray
-    normaliser: Normaliser
 
     def frame(self, domains: Sequence[str]) -> pl.DataFrame:
         """One row per state and domain: how it was drawn, and each covariate, raw."""
@@ -202,12 +208,12 @@ class DrawnStates:
                 "tilt": draw.tilt,
                 "unique_share": draw.unique_share,
                 "noise_share": draw.noise_share,
-                **dict(zip(COVARIATES, self.values_MDP[m, d].tolist(), strict=True)),
             }
             for m, draws in enumerate(self.draws)
-            for d, (domain, draw) in enumerate(zip(domains, draws, strict=True))
+            for domain, draw in zip(domains, draws, strict=True)
         ]
-        return pl.DataFrame(rows)
+        values = self.values_MDP.reshape(-1, len(self.covariates))
+        return pl.DataFrame(rows).hstack(pl.DataFrame(values, schema=list(self.covariates)))
 
 
 def draw_states(
@@ -217,23 +223,134 @@ def draw_states(
     *,
     n_states: int,
     seed: int,
+    sampler: DomainSampler | None = None,
+    also: Sequence[str] = (),
 ) -> DrawnStates:
     """Draw the first `n_states` pool states of an experiment pool and measure them.
 
-    The normaliser comes from the first `N_REFERENCE_STATES` states, whatever `n_states` is.
+    Args:
+        documents: the experiment pool's documents frame.
+        domains: D domains.
+        ranges: how far the states reach.
+        n_states: states that are wanted.
+        seed: the design's seed.
+        sampler: gives the text whose compression is measured; None leaves that covariate out.
+        also: covariates to measure besides those that every documents frame offers: quantiles.
     """
     index = index_documents(documents, domains, ranges)
-    n_drawn = max(n_states, N_REFERENCE_STATES)
-    drawn = [draw_state(index, ranges, state_id=m, seed=seed) for m in range(n_drawn)]
-    values_MDP = np.array(
-        [measure_covariates(documents, domains, membership) for _, membership in drawn]
+    drawn = [draw_state(index, ranges, state_id=m, seed=seed) for m in range(n_states)]
+    memberships = [membership for _, membership in drawn]
+    offered = (*covariates_of(documents), *also)
+    covariates = tuple(
+        name
+        for name in dict.fromkeys(offered)
+        if sampler is not None or name != "sample_compress_ratio"
     )
     return DrawnStates(
-        draws=[draws for draws, _ in drawn[:n_states]],
-        memberships=[membership for _, membership in drawn[:n_states]],
-        values_MDP=values_MDP[:n_states],
-        normaliser=fit_normaliser(values_MDP[:N_REFERENCE_STATES]),
+        draws=[draws for draws, _ in drawn],
+        memberships=memberships,
+        covariates=covariates,
+        values_MDP=measure_states(documents, domains, covariates, memberships, sampler),
     )
+
+
+def fit_normaliser(
+    documents: pl.DataFrame,
+    domains: Sequence[str],
+    ranges: StateRanges,
+    *,
+    seed: int,
+    sampler: DomainSampler | None = None,
+    also: Sequence[str] = (),
+) -> Normaliser:
+    """Fit the normaliser on the first `N_REFERENCE_STATES` states, however many a design has."""
+    states = draw_states(
+        documents,
+        domains,
+        ranges,
+        n_states=N_REFERENCE_STATES,
+        seed=seed,
+        sampler=sampler,
+        also=also,
+    )
+    scorers = documents["scorers"][0].split(";")
+    return Normaliser.fit(states.values_MDP, domains, states.covariates, scorers)
+
+
+def measure_states(
+    documents: pl.DataFrame,
+    domains: Sequence[str],
+    covariates: Sequence[str],
+    memberships: Sequence[Membership],
+    sampler: DomainSampler | None = None,
+) -> np.ndarray:
+    """Covariates of pool states; shape (M, D, P)."""
+    meter = CovariateMeter.of(documents, domains, covariates)
+    return np.array(
+        [
+            meter.measure(
+                m.rows,
+                m.copies,
+                None
+                if sampler is None
+                else [sampler.ratio(m, meter.domain_N == d) for d in range(len(domains))],
+            )
+            for m in memberships
+        ]
+    )
+
+
+class DomainSampler:
+    """The text of a pool state's domains, from the token store, and how well it compresses.
+
+    A state is sampled as a pool is: documents in the order of their content hash, copies beside
+    each other, the first characters of each, up to the same number of bytes.
+    """
+
+    def __init__(self, tokens: TokenStore, tokenizer_json: str, document_ids: Sequence[str]):
+        """Prepare.
+
+        Args:
+            tokens: holds every document of the frame.
+            tokenizer_json: the byte-level BPE that made them.
+            document_ids: id of each row of the documents frame.
+        """
+        self._bytes_of = token_bytes(tokenizer_json)
+        self._ids = np.array(document_ids, dtype="S")
+        self._place = tokens.positions(self._ids)
+        self._tokens, self._offsets = tokens.tokens(), tokens.offsets()
+        self._heads: dict[int, bytes] = {}
+
+    def ratio(self, membership: Membership, of_domain: np.ndarray) -> float:
+        """Compression of one domain's sample.
+
+        Args:
+            membership: the state's documents.
+            of_domain: which rows of the documents frame belong to the domain.
+        """
+        mask = of_domain[membership.rows]
+        rows, copies = membership.rows[mask], membership.copies[mask]
+        parts, size = [], 0
+        for i in np.argsort(self._ids[rows], kind="stable"):
+            head = self._head(int(rows[i]))
+            for _ in range(int(copies[i])):
+                if size >= SAMPLE_BYTES:
+                    break
+                parts.append(head)
+                size += len(head)
+            if size >= SAMPLE_BYTES:
+                break
+        return sample_compress_ratio(b"\n\n".join(parts))
+
+    def _head(self, row: int) -> bytes:
+        if row not in self._heads:
+            place = self._place[row]
+            begin, end = int(self._offsets[place]), int(self._offsets[place + 1])
+            # A token has a byte at least, a character four bytes at most.
+            ids = self._tokens[begin : min(end, begin + 4 * SAMPLE_CHARS)]
+            text = b"".join(self._bytes_of[i] for i in ids.tolist()).decode("utf-8", "ignore")
+            self._heads[row] = text[:SAMPLE_CHARS].encode()
+        return self._heads[row]
 
 
 def keep_states(
@@ -353,9 +470,9 @@ def collect_runs(
     Args:
         records: one per run of the design, in its order.
         design: states and mixtures.
-        values_MDP: covariates of the design's states, all of `COVARIATES`.
+        values_MDP: covariates of the design's states.
         domains: D domains.
-        covariates: names to keep, P of them.
+        covariates: their names, P of them.
         tasks: T tasks.
 
     Raises:
@@ -366,14 +483,13 @@ def collect_runs(
         raise EstimationError(
             f"all {len(records)} proxy runs diverged. Lower proxy.learning_rate and train again."
         )
-    columns = [COVARIATES.index(name) for name in covariates]
     return RunTable(
         domains=tuple(domains),
         covariates=tuple(covariates),
         tasks=tuple(tasks),
         run_ids=tuple(records[i].key for i in kept),
         state_ids=design.state_N[kept],
-        state_NDP=values_MDP[design.state_N[kept]][:, :, columns],
+        state_NDP=values_MDP[design.state_N[kept]],
         mixture_ND=design.mixture_ND[kept],
         outcome_NT=-np.array([[records[i].bits_per_byte[t] for t in tasks] for i in kept]),
         repeat_of_N=design.cell_N[kept],

@@ -1,30 +1,27 @@
-"""Trains proxy runs in worker processes on this machine, one per core or device.
+"""Trains proxy runs in workers: processes of this machine, or a cluster's.
 
 A worker trains a stack of models of one size at a time (`torch_proxy`), each model on its own
 windows. A stack is always full: a short one is filled up with copies, so that every run is
 computed with the same tensor shapes and gives the same bits whatever it is stacked with.
-Workers end when their parent does.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from causalmix_pipeline.adapters.local_workers import LocalWorkers
 from causalmix_pipeline.adapters.run_store import RunStore, bits_per_byte
 from causalmix_pipeline.adapters.tokenizer import cut_windows
-from causalmix_pipeline.core.errors import ProxyError
+from causalmix_pipeline.core.errors import ProxyError, WorkError
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.core.token_sampler import window_counts, window_schedule
+from causalmix_pipeline.core.work import WorkBackend
 
 
 def engine_name() -> str:
@@ -36,19 +33,22 @@ def engine_name() -> str:
 
 @dataclass(frozen=True)
 class LocalBackend:
-    """Worker processes on this machine.
+    """Trains proxy runs in workers; of this machine, unless others are given.
 
     Attributes:
-        store: where records, states, tokens and evaluation windows are.
-        n_workers: worker processes; 0 takes one per core.
+        store: where records, states, tokens and evaluation windows are; workers on other machines
+            must reach it.
+        n_workers: worker processes of this machine; 0 takes one per core. Unused with `workers`.
         models_per_stack: models trained together in one worker.
         device: torch device of the workers.
+        workers: where stacks are trained; None takes processes of this machine.
     """
 
     store: RunStore
     n_workers: int = 0
     models_per_stack: int = 4
     device: str = "cpu"
+    workers: WorkBackend | None = None
 
     def train(
         self, specs: Sequence[ProxySpec], on_done: Callable[[Sequence[ProxyRecord]], None]
@@ -56,34 +56,23 @@ class LocalBackend:
         """Train each spec that has no record yet and keep its record.
 
         Raises:
-            ProxyError: if a worker dies; finished runs are kept.
+            ProxyError: if workers die again and again, or can't be reached; finished runs are kept.
         """
-        stacks = self._stacks(self.store.missing(specs))
-        if not stacks:
-            return
-        n_workers = min(self.n_workers or os.cpu_count() or 1, len(stacks))
-        executor = ProcessPoolExecutor(
-            n_workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(os.getpid(),),
+        workers = self.workers or LocalWorkers(self.n_workers)
+        train = partial(
+            train_stack_of_specs,
+            _from_anywhere(self.store),
+            n_models=self.models_per_stack,
+            device=self.device,
         )
+        stacks = self._stacks(self.store.missing(specs))
         try:
-            futures = [
-                executor.submit(train_stack_of_specs, self.store.root, stack, self.models_per_stack,
-                                self.device)
-                for stack in stacks
-            ]  # fmt: skip
-            for future in as_completed(futures):
-                on_done(future.result())
-        except BrokenProcessPool as error:
+            workers.run(train, stacks, lambda _, records: on_done(records))
+        except WorkError as error:
             raise ProxyError(
-                "a proxy worker died before its runs ended (killed, or out of memory). Finished "
-                "runs are kept: start again to go on, with fewer proxy.workers or a smaller "
-                "proxy.models_per_stack if memory was short."
+                f"proxy runs stopped: {error} Finished runs are kept: start again to go on, with "
+                "fewer proxy.workers or a smaller proxy.models_per_stack if memory was short."
             ) from error
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
 
     def _stacks(self, specs: Sequence[ProxySpec]) -> list[list[ProxySpec]]:
         """Group specs of one model and one token store, neighbours of one state together."""
@@ -96,31 +85,22 @@ class LocalBackend:
         ]
 
 
-def _start_worker(parent: int) -> None:
-    """Keep the worker to one thread, and end it when its parent is gone."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _from_anywhere(store: RunStore) -> RunStore:
+    """The store with a path that holds in a worker that started in another folder."""
+    return replace(store, root=store.root.absolute()) if isinstance(store.root, Path) else store
 
 
 def train_stack_of_specs(
-    root: Path, specs: Sequence[ProxySpec], n_models: int, device: str
+    store: RunStore, specs: Sequence[ProxySpec], n_models: int, device: str
 ) -> list[ProxyRecord]:
     """Train the specs that still lack a record, keep and return the records of all.
 
     Args:
-        root: of the run store.
+        store: where records and what a run reads are.
         specs: at most `n_models` runs of one proxy configuration.
         n_models: models of the stack, K.
         device: torch device.
     """
-    store = RunStore(root)
     with store.locked([spec.key for spec in specs]):
         todo = store.missing(specs)
         if todo:

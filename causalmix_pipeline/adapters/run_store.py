@@ -1,42 +1,33 @@
 """The run store: finished proxy runs, and the inputs that workers read, by content hash.
 
-One file per finished run, written under a temporary name, fsynced and renamed: a record is whole
-or absent. A lock per run, held through `flock`, dies with its holder.
+One file per finished run, on a disk or in object storage: a record is whole or absent. A lock per
+run, held through `flock`, dies with its holder.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from causalmix_pipeline.adapters.blobs import Blobs, open_blobs, root_of, write_atomically
 from causalmix_pipeline.adapters.tokenizer import TokenStore
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by its whole new content: after a crash it holds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+#: What a token store is made of.
+TOKEN_FILES = ("tokens.bin", "offsets.npy", "ids.txt")
 
 
 @dataclass(frozen=True)
@@ -57,17 +48,36 @@ class EvalWindows:
 
 @dataclass(frozen=True)
 class RunStore:
-    """Folder of finished runs and of what workers read.
+    """Finished runs and what workers read, in a folder or below a URL.
 
     Attributes:
-        root: holds `runs/`, `locks/`, `states/`, `tokens/`, `eval/`.
+        root: folder or URL (`s3://bucket/folder`); holds `runs/`, `locks/`, `states/`, `tokens/`,
+            `eval/`.
+        cache: folder on this machine for a root that is a URL: its token stores, which workers map
+            into memory, and its locks. It may be deleted while nothing trains.
     """
 
-    root: Path
+    root: Path | str
+    cache: Path = Path("~/.cache/causalmix")
 
-    def path_of(self, key: str) -> Path:
-        """Where the record of a run is kept."""
-        return self.root / "runs" / key[:2] / f"{key}.json"
+    def __post_init__(self) -> None:
+        """Take a local folder as a Path."""
+        object.__setattr__(self, "root", root_of(self.root))
+
+    @property
+    def _blobs(self) -> Blobs:
+        return open_blobs(self.root)
+
+    @property
+    def _local_root(self) -> Path:
+        """The root, or what stands for it on this machine."""
+        if isinstance(self.root, Path):
+            return self.root
+        return self.cache.expanduser() / hashlib.sha256(self.root.encode()).hexdigest()[:16]
+
+    def path_of(self, key: str) -> Path | str:
+        """Where the record of a run is kept: a file, or the URL of an object."""
+        return self._blobs.place(_record_name(key))
 
     def get(self, key: str) -> ProxyRecord | None:
         """Return the record of a finished run, or None.
@@ -77,7 +87,7 @@ class RunStore:
         """
         path = self.path_of(key)
         try:
-            raw = path.read_bytes()
+            raw = self._blobs.read(_record_name(key))
         except FileNotFoundError:
             return None
         try:
@@ -95,20 +105,32 @@ class RunStore:
         return record
 
     def put(self, record: ProxyRecord) -> None:
-        """Keep the record of a finished run."""
+        """Keep the record of a finished run; in object storage, the first one that comes."""
         values = asdict(record)
         content = json.dumps({"record": values, "sha256": _seal(values)}, sort_keys=True, indent=1)
-        write_atomically(self.path_of(record.key), content.encode())
+        # Under a URL no lock spans machines: what was read once must not change.
+        blobs = self._blobs
+        write = blobs.write if isinstance(self.root, Path) else blobs.write_new
+        write(_record_name(record.key), content.encode())
 
     def missing(self, specs: Sequence[ProxySpec]) -> list[ProxySpec]:
         """The specs without a record, each once, in their order."""
         unique = {spec.key: spec for spec in specs}
-        return [spec for key, spec in unique.items() if not self.path_of(key).exists()]
+        present = set(self._blobs.names("runs"))
+        return [spec for key, spec in unique.items() if _record_name(key) not in present]
+
+    def n_records(self) -> int:
+        """Number of finished runs."""
+        return sum(name.endswith(".json") for name in self._blobs.names("runs"))
 
     @contextmanager
     def locked(self, keys: Sequence[str]) -> Iterator[None]:
-        """Hold the locks of runs; waits while another process trains one of them."""
-        folder = self.root / "locks"
+        """Hold the locks of runs; waits while another process trains one of them.
+
+        A root that is a URL is locked for this machine alone: two machines may train the same run
+        twice. They compute the same, and the first record is kept.
+        """
+        folder = self._local_root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         held = []
         try:
@@ -128,29 +150,25 @@ class RunStore:
         Ids, not positions: a pool that grew gives its documents other positions, and a state of
         the old documents keeps its hash.
         """
-        path = self.root / "states" / f"{state_hash}.npz"
-        if not path.exists():
-            arrays = {f"d{i:05d}": ids for i, ids in enumerate(documents.values())}
-            _save_arrays(path, arrays)
+        arrays = {f"d{i:05d}": ids for i, ids in enumerate(documents.values())}
+        self._put_arrays(f"states/{state_hash}.npz", arrays)
 
     def state(self, state_hash: str) -> list[np.ndarray]:
         """Ids of a pool state's documents in reading order, a domain each."""
-        with np.load(self.root / "states" / f"{state_hash}.npz") as arrays:
+        with np.load(io.BytesIO(self._blobs.read(f"states/{state_hash}.npz"))) as arrays:
             return [arrays[name] for name in sorted(arrays.files)]
 
     def put_eval(self, eval_hash: str, evaluation: EvalWindows) -> None:
         """Keep the evaluation windows."""
-        path = self.root / "eval" / f"{eval_hash}.npz"
-        if path.exists():
-            return
         tasks = list(evaluation.windows)
         numbers = [[evaluation.n_bytes[t], evaluation.unigram_nats[t]] for t in tasks]
         arrays = {f"w{i:03d}": evaluation.windows[t] for i, t in enumerate(tasks)}
-        _save_arrays(path, {**arrays, "tasks": np.array(tasks), "numbers": np.array(numbers)})
+        arrays |= {"tasks": np.array(tasks), "numbers": np.array(numbers)}
+        self._put_arrays(f"eval/{eval_hash}.npz", arrays)
 
     def evaluation(self, eval_hash: str) -> EvalWindows:
         """Read the evaluation windows."""
-        with np.load(self.root / "eval" / f"{eval_hash}.npz") as arrays:
+        with np.load(io.BytesIO(self._blobs.read(f"eval/{eval_hash}.npz"))) as arrays:
             tasks = arrays["tasks"].tolist()
             numbers = arrays["numbers"]
             return EvalWindows(
@@ -159,24 +177,91 @@ class RunStore:
                 unigram_nats={t: float(numbers[i, 1]) for i, t in enumerate(tasks)},
             )
 
+    def _put_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Keep arrays, unless they are there: names are content hashes."""
+        if self._blobs.exists(name):
+            return
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+        self._blobs.write_new(name, content.getvalue())
+
+    def has_tokens(self, tokens_hash: str) -> bool:
+        """Tell whether a token store is kept, whole."""
+        if isinstance(self.root, Path):
+            return (self.root / "tokens" / tokens_hash).exists()
+        return self._blobs.exists(f"tokens/{tokens_hash}/manifest.json")
+
+    def put_tokens(
+        self,
+        tokens_hash: str,
+        batches: Iterable[tuple[Sequence[str], Sequence[np.ndarray]]],
+        vocab_size: int,
+    ) -> None:
+        """Keep a token store, unless it is there.
+
+        In object storage a manifest with the checksum of each file is written last: a store
+        without one is unfinished, and written again.
+
+        Args:
+            tokens_hash: its name.
+            batches: document ids and their token ids.
+            vocab_size: number of tokens.
+        """
+        if self.has_tokens(tokens_hash):
+            return
+        if isinstance(self.root, Path):
+            TokenStore.write(self.root / "tokens" / tokens_hash, batches, vocab_size)
+            return
+        blobs, name = self._blobs, f"tokens/{tokens_hash}"
+        sums = {}
+        with tempfile.TemporaryDirectory() as folder:
+            built = TokenStore.write(Path(folder) / tokens_hash, batches, vocab_size).folder
+            for file in TOKEN_FILES:
+                content = (built / file).read_bytes()
+                sums[file] = hashlib.sha256(content).hexdigest()
+                blobs.write(f"{name}/{file}", content)
+        blobs.write(f"{name}/manifest.json", json.dumps(sums, indent=1).encode())
+
     def token_store(self, tokens_hash: str) -> TokenStore:
-        """The token store of that name."""
-        return TokenStore(self.root / "tokens" / tokens_hash)
+        """The token store of that name; under a URL it is fetched into the cache once.
+
+        Raises:
+            ProxyError: if what was fetched isn't what was written.
+        """
+        folder = self._local_root / "tokens" / tokens_hash
+        if not isinstance(self.root, Path):
+            with self.locked([f"tokens-{tokens_hash}"]):  # one process fetches, others wait
+                if not folder.exists():
+                    self._fetch_tokens(tokens_hash, folder)
+        return TokenStore(folder)
+
+    def _fetch_tokens(self, tokens_hash: str, folder: Path) -> None:
+        name, building = f"tokens/{tokens_hash}", folder.with_name(f".{tokens_hash}.fetching")
+        shutil.rmtree(building, ignore_errors=True)  # of a killed process
+        try:
+            sums = json.loads(self._blobs.read(f"{name}/manifest.json"))
+        except ValueError:
+            sums = {}
+        for file in TOKEN_FILES:
+            content = self._blobs.read(f"{name}/{file}")
+            found = hashlib.sha256(content).hexdigest()
+            if sums.get(file) != found:
+                raise ProxyError(
+                    f"{self._blobs.place(f'{name}/{file}')} must hold what its manifest says, got "
+                    f"SHA-256 {found}: it was damaged. Delete {self._blobs.place(name)} and "
+                    "materialise the experiment pool again."
+                )
+            write_atomically(building / file, content)
+        building.rename(folder)
+
+
+def _record_name(key: str) -> str:
+    return f"runs/{key[:2]}/{key}.json"
 
 
 def _seal(values: dict) -> str:
     """Checksum of a record's values: a changed digit would otherwise be read as an outcome."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

@@ -1,17 +1,21 @@
 """Byte-level BPE trained on the experiment pool, and the token store that proxies read.
 
-The only module that imports `tokenizers`. Token ids are kept as one memory-mapped array over all
-documents (uint16, uint32 for vocabularies above 65,536), so that no text is in the hot loop.
+The only module that imports `tokenizers` and tiktoken. Token ids are kept as one memory-mapped
+array over all documents (uint16, uint32 for vocabularies above 65,536), so that no text is in the
+hot loop.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,18 +61,95 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> str:
 def encode_texts(tokenizer_json: str, texts: Sequence[str]) -> list[np.ndarray]:
     """Encode documents, without the end-of-text token.
 
+    Done by tiktoken with the tokenizer's own tokens: the same ids as `tokenizers` gives, several
+    times faster. A document that spells the end of text is only text.
+
+    Args:
+        tokenizer_json: as `train_tokenizer` made it.
+        texts: documents.
+
     Returns:
         One uint32 array of token ids a document.
-    """
-    from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.encode_special_tokens = True  # a document that spells the end of text is only text
-    encoded = []
-    for start in range(0, len(texts), 1000):
-        batch = tokenizer.encode_batch_fast(list(texts[start : start + 1000]))
-        encoded.extend(np.array(e.ids, dtype=np.uint32) for e in batch)
-    return encoded
+    Raises:
+        PoolError: if the tokenizer is of another kind.
+    """
+    encoder = _encoder(tokenizer_json)
+    return [
+        np.array(
+            encoder.encode_ordinary(text)
+            if len(text) < _LONGEST_BLANK
+            else _encode_between_blanks(encoder, text),
+            dtype=np.uint32,
+        )
+        for text in texts
+    ]
+
+
+#: GPT-2's words, as the byte-level pre-tokenizer cuts them.
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+#: White space of this length is cut out before the pattern sees it: it fails on a million blanks.
+_LONGEST_BLANK = 10_000
+_BLANKS = re.compile(rf"[^\S\x1c-\x1f]{{{_LONGEST_BLANK},}}")
+
+
+@lru_cache(maxsize=2)
+def _encoder(tokenizer_json: str) -> Any:
+    """The tokenizer as tiktoken has it, once per process."""
+    import tiktoken
+
+    rules = json.loads(tokenizer_json)
+    words = rules.get("pre_tokenizer") or {}
+    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if (
+        rules["model"].get("type") != "BPE"
+        or rules.get("normalizer") is not None
+        or {name: words.get(name) for name in expected} != expected
+    ):
+        raise PoolError(
+            "The tokenizer must be a byte-level BPE as the experiment pool trains it, got model "
+            f"{rules['model'].get('type')}, words {words}. Materialise the experiment pool again."
+        )
+    byte_of = _byte_of_letter()
+    ranks = {
+        bytes(byte_of[letter] for letter in token): rank
+        for token, rank in rules["model"]["vocab"].items()
+        if token != END_OF_TEXT
+    }
+    return tiktoken.Encoding("pool", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def _encode_between_blanks(encoder: Any, text: str) -> list[int]:
+    """Encode a text with its longest runs of white space cut out as the words that they are.
+
+    A run is one word, without its last character where text follows: that one begins the next.
+    """
+    ids: list[int] = []
+    start = 0
+    for run in _BLANKS.finditer(text):
+        end = run.end() if run.end() == len(text) else run.end() - 1
+        ids += encoder.encode_ordinary(text[start : run.start()])
+        ids += encoder._core_bpe.encode_single_piece(text[run.start() : end].encode("utf-8"))
+        start = end
+    return ids + encoder.encode_ordinary(text[start:])
+
+
+def token_bytes(tokenizer_json: str) -> list[bytes]:
+    """The bytes that each token of a byte-level BPE stands for; none for the end of text."""
+    vocabulary, byte_of = json.loads(tokenizer_json)["model"]["vocab"], _byte_of_letter()
+    tokens = [b""] * len(vocabulary)
+    for letters, number in vocabulary.items():
+        if letters != END_OF_TEXT:
+            tokens[number] = bytes(byte_of[letter] for letter in letters)
+    return tokens
 
 
 def vocab_size_of(tokenizer_json: str) -> int:
@@ -89,34 +170,48 @@ class TokenStore:
 
     @classmethod
     def write(
-        cls, folder: Path, document_ids: Sequence[str], encoded: Sequence[np.ndarray]
+        cls,
+        folder: Path,
+        batches: Iterable[tuple[Sequence[str], Sequence[np.ndarray]]],
+        vocab_size: int,
     ) -> TokenStore:
         """Write the store under its final name at once: it is whole or absent.
 
         An existing folder is left as it is: names are content hashes.
+
+        Args:
+            folder: of the store.
+            batches: document ids and their token ids; any number of batches, in any order.
+            vocab_size: number of tokens; up to 65,536 fit into two bytes each.
         """
         if folder.exists():
             return cls(folder)
         building = folder.with_name(f".{folder.name}.{os.getpid()}.building")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        lengths = np.array([len(e) for e in encoded], dtype=np.int64)
-        largest = max((int(e.max()) for e in encoded if len(e)), default=0)
-        dtype = np.uint16 if largest < 2**16 else np.uint32
-        with open(building / "tokens.bin", "wb") as file:
-            for tokens in encoded:
-                file.write(tokens.astype(dtype).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        np.save(building / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        (building / "ids.txt").write_text("\n".join(document_ids))
+        lengths: list[int] = []
+        dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         try:
+            with (
+                open(building / "tokens.bin", "wb") as tokens_file,
+                open(building / "ids.txt", "w", encoding="ascii") as ids_file,
+            ):
+                for document_ids, encoded in batches:
+                    for identity, tokens in zip(document_ids, encoded, strict=True):
+                        tokens_file.write(tokens.astype(dtype).tobytes())
+                        ids_file.write(f"\n{identity}" if lengths else identity)
+                        lengths.append(len(tokens))
+                for file in (tokens_file, ids_file):
+                    file.flush()
+                    os.fsync(file.fileno())
+            np.save(building / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
             building.rename(folder)
         except OSError:
             # Another process wrote the same content first.
-            shutil.rmtree(building)
             if not folder.exists():
                 raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
         return cls(folder)
 
     def offsets(self) -> np.ndarray:

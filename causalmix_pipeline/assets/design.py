@@ -1,5 +1,6 @@
 """What the experiment trains: tasks, pool states, mixtures, and what that costs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -8,21 +9,25 @@ import polars as pl
 
 from causalmix_pipeline.adapters.demo_pool import count_shared_ngrams
 from causalmix_pipeline.adapters.experiment import (
+    DomainSampler,
     PoolTokenizer,
     build_evaluation,
     draw_states,
+    fit_normaliser,
     keep_states,
     make_specs,
     spec_table,
 )
 from causalmix_pipeline.adapters.local_backend import engine_name
-from causalmix_pipeline.adapters.pool_reader import read_pool
+from causalmix_pipeline.adapters.pool_files import pool_files
+from causalmix_pipeline.adapters.profiler import pool_batches
+from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.core.covariates import QUANTILES
 from causalmix_pipeline.core.design import Design, make_design
 from causalmix_pipeline.core.errors import ConfigError, PoolError
-from causalmix_pipeline.core.pool_state import COVARIATES
 from causalmix_pipeline.core.proxy_runs import ProxySpec
-from causalmix_pipeline.resources.frame_store import FRAME, VALUES, content_digest
+from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
 
 
@@ -91,9 +96,13 @@ def eval_tasks(project: dg.ResourceParam[Project], tokenizer: dict) -> dg.Materi
     length = project.settings.proxy.to_config().sequence_length
     evaluation, eval_hash = build_evaluation(texts, fitted, sequence_length=length)
     project.run_store.put_eval(eval_hash, evaluation)
-    pool = read_pool(
-        project.settings.experiment_path, project.columns, domains=tokenizer["domains"]
-    ).documents["text"]
+    spec = project.pool_spec(project.settings.experiment_path, tokenizer["domains"])
+    pool = (
+        text
+        for file in pool_files(spec.location)
+        for documents, _, _ in pool_batches(file, spec)
+        for text in documents["text"]
+    )
     held_out = [text for of_task in texts.values() for text in of_task]
     n_shared = count_shared_ngrams(pool, held_out)
     rows = [
@@ -125,14 +134,29 @@ def eval_tasks(project: dg.ResourceParam[Project], tokenizer: dict) -> dg.Materi
     )
 
 
-@dg.asset(dagster_type=FRAME, group_name="experiment", kinds={"polars"}, code_version="1")
+#: Columns of the states' table that aren't covariates.
+STATE_COLUMNS = (
+    "state_id",
+    "domain",
+    "source_shares",
+    "size_share",
+    "tilt",
+    "unique_share",
+    "noise_share",
+    "state_hash",
+    "tokens_hash",
+)
+
+
+@dg.asset(dagster_type=FRAME, group_name="experiment", kinds={"polars"}, code_version="2")
 def pool_states(
     project: dg.ResourceParam[Project], tokenizer: dict, experiment_documents: pl.DataFrame
 ) -> dg.MaterializeResult:
     """One row per pool state and domain: how it was drawn from the experiment pool, its covariates.
 
     A state is a sub-pool that proxies train on; the states must reach as far as the live pool may
-    drift. Stale when the experiment documents or the rules of drawing change.
+    drift. Every covariate that can be measured is; the settings say which are used. Stale when the
+    experiment documents or the rules of drawing change.
     """
     domains, store = tokenizer["domains"], project.run_store
     states = draw_states(
@@ -141,6 +165,8 @@ def pool_states(
         project.state_ranges,
         n_states=project.design_plan.n_states,
         seed=project.design_plan.seed,
+        sampler=state_sampler(project, tokenizer, experiment_documents),
+        also=quantiles_of(project.settings.covariates),
     )
     hashes = keep_states(store, experiment_documents, domains, states.memberships)
     frame = states.frame(domains).with_columns(
@@ -152,7 +178,54 @@ def pool_states(
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "states": float(len(hashes)),
+            "covariates a domain": float(len(states.covariates)),
             "reach of the covariates": markdown_table(covariate_reach(frame)),
+        },
+    )
+
+
+def state_sampler(
+    project: Project, tokenizer: dict, experiment_documents: pl.DataFrame
+) -> DomainSampler:
+    """Reads the text of pool states from the token store."""
+    tokens = project.run_store.token_store(experiment_documents["tokens_hash"][0])
+    ids = experiment_documents["document_id"].to_list()
+    return DomainSampler(tokens, tokenizer["tokenizer"], ids)
+
+
+def quantiles_of(covariates: Sequence[str]) -> list[str]:
+    """The quantiles among covariates; every other one is measured anyway."""
+    return [name for name in covariates if name.endswith(tuple(QUANTILES))]
+
+
+@dg.asset(dagster_type=VALUES, group_name="experiment", kinds={"polars"}, code_version="1")
+def normaliser(
+    project: dg.ResourceParam[Project], tokenizer: dict, experiment_documents: pl.DataFrame
+) -> dg.MaterializeResult:
+    """Location and scale of each covariate over states of the experiment pool, and their scorers.
+
+    The unit in which moves of a later pool are told; a pool that was measured by other scorers is
+    refused. Stale when the experiment documents or the rules of drawing change.
+    """
+    fitted = fit_normaliser(
+        experiment_documents,
+        tokenizer["domains"],
+        project.state_ranges,
+        seed=project.design_plan.seed,
+        sampler=state_sampler(project, tokenizer, experiment_documents),
+        also=quantiles_of(project.settings.covariates),
+    )
+    value = fitted.to_dict()
+    spread = pl.DataFrame({"covariate": fitted.covariates}).with_columns(
+        pl.Series(domain, fitted.scale_DP[d]) for d, domain in enumerate(fitted.domains)
+    )
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(value)),
+        metadata={
+            "version": fitted.version,
+            "scorers": ", ".join(fitted.scorers),
+            "one unit, by domain": markdown_table(spread.to_dicts()),
         },
     )
 
@@ -166,13 +239,31 @@ def covariate_reach(states: pl.DataFrame) -> list[dict]:
             "median": float(states[name].median()),  # pyright: ignore[reportArgumentType]
             "largest": float(states[name].max()),  # pyright: ignore[reportArgumentType]
         }
-        for name in COVARIATES
+        for name in states.columns
+        if name not in STATE_COLUMNS
     ]
 
 
-def state_values(states: pl.DataFrame, n_domains: int) -> np.ndarray:
-    """Raw covariates of each state; shape (M, D, P), in the order of `COVARIATES`."""
-    return states.select(COVARIATES).to_numpy().reshape(-1, n_domains, len(COVARIATES))
+def state_values(states: pl.DataFrame, n_domains: int, covariates: Sequence[str]) -> np.ndarray:
+    """Raw covariates of each state; shape (M, D, P).
+
+    Raises:
+        PoolError: if a covariate has no value in some domain.
+    """
+    missing = [name for name in covariates if name not in states.columns]
+    if missing:
+        raise PoolError(
+            f"covariates must be measured in the experiment, got {missing[0]!r}, which pool_states "
+            "lacks: materialise experiment_documents and what follows."
+        )
+    for name in covariates:
+        absent = states.filter(~pl.col(name).is_finite().fill_null(False))
+        if absent.height:
+            raise PoolError(
+                f"covariates must have a value in every domain, got none of {name!r} in "
+                f"{absent['domain'][0]!r}: take it off the list."
+            )
+    return states.select(covariates).to_numpy().reshape(-1, n_domains, len(covariates))
 
 
 def design_of(mixture_design: pl.DataFrame) -> Design:

@@ -5,11 +5,22 @@ from collections.abc import Mapping
 import dagster as dg
 import polars as pl
 
-from causalmix_pipeline.adapters.estimators import CombinedEstimator, choose_estimator, fit_chosen
+from causalmix_pipeline.adapters.estimators import (
+    CombinedEstimator,
+    choose_estimator,
+    fit_chosen,
+    make_estimator,
+)
+from causalmix_pipeline.adapters.experiment import collect_runs
+from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.assets.design import STATE_COLUMNS, design_of, domains_of, state_values
 from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.assets.pool import progress_teller
+from causalmix_pipeline.assets.proxy import records_of
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
+from causalmix_pipeline.core.covariate_choice import choose_covariates
 from causalmix_pipeline.core.runs import RunTable
-from causalmix_pipeline.resources.frame_store import VALUES, content_digest
+from causalmix_pipeline.resources.frame_store import VALUES
 from causalmix_pipeline.resources.project import Project
 
 
@@ -135,3 +146,64 @@ def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.Asset
         )
         for name, (ok, metadata) in passed.items()
     ]
+
+
+#: Estimator of the search over covariates: some hundred fits in a minute or two.
+CHOICE_ESTIMATOR = "structured_ridge"
+
+
+@dg.asset(dagster_type=VALUES, group_name="effects", kinds={"python"}, code_version="1")
+def covariate_choice(
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    proxy_runs: pl.DataFrame,
+    pool_states: pl.DataFrame,
+    mixture_design: pl.DataFrame,
+    eval_tasks: dict,
+) -> dg.MaterializeResult:
+    """Which covariates help: every subset tried, its R2 on unseen pool states and standard error.
+
+    Made on request only (job `choose_covariates`); it proposes, `covariates` in the settings
+    decides. Stale when proxy runs or pool states change.
+    """
+    domains = domains_of(mixture_design)
+    names = [name for name in pool_states.columns if name not in STATE_COLUMNS]
+    finite = pool_states.select(pl.col(names).is_finite().fill_null(False).all())
+    names = [name for name in names if finite[name][0]]
+    runs = collect_runs(
+        records_of(proxy_runs, eval_tasks["tasks"]),
+        design_of(mixture_design),
+        state_values(pool_states, len(domains), names),
+        domains=domains,
+        covariates=names,
+        tasks=eval_tasks["tasks"],
+    )
+    wanted = [task for task, weight in project.settings.task_weights.items() if weight > 0]
+    tell = progress_teller(context.log.info)
+    seed = project.settings.seed
+    choice = choose_covariates(
+        runs.select_tasks([task for task in runs.tasks if task in wanted]),
+        lambda: make_estimator(CHOICE_ESTIMATOR, seed),
+        seed=seed,
+        on_progress=lambda done, total: tell("subsets tried, at most", done, total),
+    )
+    value = {
+        "chosen": list(choice.chosen),
+        "used": list(project.settings.covariates),
+        "estimator": CHOICE_ESTIMATOR,
+        "table": choice.table.to_dicts(),
+        "collinear": choice.collinear.to_dicts(),
+        "inflation": choice.inflation.to_dicts(),
+    }
+    shown = choice.table.with_columns(pl.col("covariates").list.join(", ")).head(8)
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(value)),
+        metadata={
+            "chosen": ", ".join(choice.chosen) or "none helps",
+            "subsets": markdown_table(
+                shown.select("kind", "size", "r2_within", "r2_within_se", "covariates").to_dicts()
+            ),
+            "collinear": markdown_table(choice.collinear.to_dicts()),
+        },
+    )

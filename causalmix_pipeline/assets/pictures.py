@@ -1,11 +1,33 @@
-"""Small tables and bars for metadata, which the UI shows inline below 1,000 characters."""
+"""Small tables and bars for metadata, which the UI shows inline below 1,000 characters; a plot."""
 
+import html
+import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 import dagster as dg
+import polars as pl
+
+from causalmix_pipeline.core.effects import Z90
 
 #: Length from which Dagster hides markdown behind a click.
 INLINE_LIMIT = 1000
+
+#: Width of a fixed-width letter and height of a row of a plot, in pixels at a text size of 12.
+LETTER_WIDTH, ROW_HEIGHT = 7.4, 22
+
+#: Width of the part of a plot that holds the bars, in pixels.
+BARS_WIDTH = 320
+
+#: Own background, so that text can be read on a page of any colour.
+PLOT_CSS = """
+svg{--back:#fff;--text:#1a1a1a;--faint:#767676;--line:#d0d0d0;--bar:#2f6fb5}
+@media(prefers-color-scheme:dark){
+svg{--back:#1c1f24;--text:#eceff3;--faint:#9aa3ad;--line:#444b54;--bar:#6ca8e8}}
+.back{fill:var(--back)}text{fill:var(--text);font:12px ui-monospace,Menlo,Consolas,monospace}
+.faint{fill:var(--faint)}.line{stroke:var(--line)}.bar{fill:var(--bar)}
+.error{stroke:var(--text);stroke-width:1.5}
+"""
 
 
 def cell(value: object) -> str:
@@ -14,9 +36,7 @@ def cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = " ".join(str(value).split())
-    short = text if len(text) <= 40 else text[:37] + "..."
-    return short.replace("\\", "\\\\").replace("|", "\\|")
+    return _shortened(str(value), 40).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> dg.MarkdownMetadataValue:
@@ -40,4 +60,90 @@ def share_bars(shares: Mapping[str, float]) -> dg.MarkdownMetadataValue:
             {"domain": name, "share": f"{share:.3f}", "": "█" * round(20 * share)}
             for name, share in shares.items()
         ]
+    )
+
+
+def moves_plot(moves: pl.DataFrame, limit: int = 12, unit: str = "standard deviations") -> str:
+    """The largest moves of a pool's covariates as bars with 90% intervals, an SVG document.
+
+    Args:
+        moves: `PoolChange.to_frame()`, or rows of it.
+        limit: most bars.
+        unit: what an effect of 1 is.
+    """
+    rows = moves.filter(pl.col("effect").abs() > 0).head(limit).to_dicts()
+    hidden = moves.height - len(rows)
+    title = f"Moves in {unit}, lines are 90% intervals" if rows else "No covariate moved"
+    below = f"{hidden} more not shown" if hidden and rows else ""
+    labels = [_shortened(f"{row['domain']} · {row['covariate']}", 64) for row in rows]
+    values = [f"{row['effect']:+.3g}" for row in rows]
+    label_width = LETTER_WIDTH * max(map(_letters, labels), default=0) + 16
+    value_width = LETTER_WIDTH * max(map(_letters, values), default=0) + 16
+    width = max(label_width + BARS_WIDTH + value_width, LETTER_WIDTH * _letters(title) + 32)
+    height = ROW_HEIGHT * (len(rows) + 1 + bool(rows) + bool(below)) + 8
+    middle, half = label_width + BARS_WIDTH / 2, BARS_WIDTH / 2 - 8
+    reach = max(map(_reach, rows), default=1.0) or 1.0
+    parts = [_text(8, 0, title)]
+    for i, (row, label, value) in enumerate(zip(rows, labels, values, strict=True), start=1):
+        parts.append(_text(label_width - 8, i, label, anchor="end"))
+        parts.append(_bar(row, i, middle, half / reach, half))
+        parts.append(_text(label_width + BARS_WIDTH + 8, i, value))
+    if rows:
+        bottom = ROW_HEIGHT * (len(rows) + 1) + 4
+        parts.append(_line(middle, ROW_HEIGHT + 4, middle, bottom, "line"))
+        for place, at in ((-reach, middle - half), (0, middle), (reach, middle + half)):
+            parts.append(_text(at, len(rows) + 1, f"{place:.2g}", anchor="middle", css="faint"))
+    if below:
+        parts.append(_text(8, len(rows) + 2, below, css="faint"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
+        f'viewBox="0 0 {width:.0f} {height}" role="img" aria-label="{html.escape(title)}">'
+        f'<style>{PLOT_CSS}</style><rect class="back" width="100%" height="100%"/>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _shortened(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _letters(text: str) -> int:
+    """Columns that a text takes in a fixed-width font; letters of East Asia take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _reach(row: Mapping[str, float | None]) -> float:
+    """How far from 0 a bar and its interval reach; 0 for an infinite one, which is cut."""
+    reach = abs(row["effect"] or 0.0) + Z90 * (row["effect_se"] or 0.0)
+    return reach if math.isfinite(reach) else 0.0
+
+
+def _bar(
+    row: Mapping[str, float | None], number: int, middle: float, pixels: float, half: float
+) -> str:
+    def at(value: float) -> float:
+        return middle + max(-half, min(half, value * pixels))
+
+    effect, error = row["effect"] or 0.0, Z90 * (row["effect_se"] or 0.0)
+    top = ROW_HEIGHT * number + 9
+    left, right = sorted((middle, at(effect)))
+    bar = (
+        f'<rect class="bar" x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="10" '
+        'opacity=".75"/>'
+    )
+    if not error or not math.isfinite(effect):
+        return bar
+    return bar + _line(at(effect - error), top + 5, at(effect + error), top + 5, "error")
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
+    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1}" x2="{x2:.1f}" y2="{y2}"/>'
+
+
+def _text(x: float, number: int, text: str, *, anchor: str = "start", css: str = "text") -> str:
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # XML has no others
+    return (
+        f'<text class="{css}" x="{x:.1f}" y="{ROW_HEIGHT * number + 18}" '
+        f'text-anchor="{anchor}">{html.escape(text)}</text>'
     )

@@ -1,47 +1,52 @@
 """The two pools, and what is known of their documents."""
 
+import base64
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import dagster as dg
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.experiment import (
-    PoolTokenizer,
-    profile_documents,
-    write_token_store,
+from causalmix_pipeline.adapters.experiment import PoolTokenizer, write_token_store
+from causalmix_pipeline.adapters.pool_files import pool_fingerprint
+from causalmix_pipeline.adapters.profiler import (
+    PoolProfile,
+    PoolSpec,
+    ScorerPlan,
+    profile_pool,
+    survey_pool,
 )
-from causalmix_pipeline.adapters.pool_reader import PoolDocuments, pool_fingerprint, read_pool
-from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value, write_value
+from causalmix_pipeline.assets.pictures import markdown_table, moves_plot
+from causalmix_pipeline.core.covariates import (
+    Normaliser,
+    covariates_of,
+    measure_covariates,
+)
 from causalmix_pipeline.core.errors import PoolError
-from causalmix_pipeline.core.pool_state import COVARIATES, METRICS, measure_covariates
-from causalmix_pipeline.resources.frame_store import (
-    FRAME,
-    VALUES,
-    content_digest,
-    read_value,
-    write_value,
-)
+from causalmix_pipeline.core.pool_change import compare_profiles
+from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observed_version
+from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
 from causalmix_pipeline.resources.project import Project
 
 #: Fewest documents of a domain that pool states are drawn from.
 MIN_DOCUMENTS = 20
 
-#: What is kept of a scored document, by its content; the rest depends on the pool around it.
-SCORE_COLUMNS = ["document_id", "n_bytes", "n_tokens"] + [
-    name for name in METRICS if name not in ("near_duplicate", "bytes_per_token")
-]
+#: Most text that the tokenizer and the token frequencies are made from; of a larger pool, the
+#: documents with the lowest content hash.
+TOKENIZER_BYTES = 64 * 2**20
 
 
 #: External: files that people write; it changes when its content is adopted by an observation.
 experiment_pool = dg.AssetSpec(
     EXPERIMENT_POOL,
     group_name="experiment",
-    kinds={"jsonl"},
-    description="The pinned pool that proxy runs train on: a folder of JSONL and Parquet files. "
+    kinds={"file"},
+    description="The pinned pool that proxy runs train on: files of documents. "
     "It changes only when a person adopts its content (job `adopt_experiment_pool`): every proxy "
     "run is then trained anew.",
 )
@@ -56,10 +61,10 @@ with warnings.catch_warnings():
             dg.AssetSpec(
                 LIVE_POOL,
                 group_name="live",
-                kinds={"jsonl"},
-                description="The pool to recommend a mixture for: a folder of JSONL and Parquet "
-                "files that changes at any time. A sensor observes it. A change reaches the live "
-                "side only, and trains no proxy.",
+                kinds={"file"},
+                description="The pool to recommend a mixture for: files of documents that change "
+                "at any time. A sensor observes it. A change reaches the live side only, and "
+                "trains no proxy.",
             )
         ],
     )
@@ -69,58 +74,69 @@ with warnings.catch_warnings():
         yield dg.ObserveResult(asset_key=LIVE_POOL, data_version=version)
 
 
-def read_documents(
-    project: Project, folder: Path, domains: Sequence[str] | None, quarantine: str
-) -> PoolDocuments:
-    """Read a pool, and keep its refused rows with their reasons in `data/quarantine`."""
-    pool = read_pool(
-        folder,
-        project.columns,
-        domains=domains,
-        max_rejected_share=project.settings.quality.max_rejected_share,
-    )
-    write_value(project.folder("quarantine", f"{quarantine}.parquet"), pool.quarantine)
-    return pool
-
-
-def read_adopted_pool(context: dg.AssetExecutionContext, project: Project) -> PoolDocuments:
-    """Read the experiment pool, which must be the one that was adopted.
+def adopted_pool(context: dg.AssetExecutionContext, project: Project) -> PoolSpec:
+    """The experiment pool, which must be the one that was adopted.
 
     Raises:
         PoolError: if its content isn't what was observed last.
     """
-    folder = project.settings.experiment_path
+    location = project.settings.experiment_path
     adopted = observed_version(context.instance, EXPERIMENT_POOL)
-    if adopted is not None and pool_fingerprint(folder) != adopted:
+    if adopted is not None and pool_fingerprint(location) != adopted:
         raise PoolError(
-            f"pools.experiment ({folder}) must be the pool that was adopted, got other content: "
+            f"pools.experiment ({location}) must be the pool that was adopted, got other content: "
             "put the files back, or run the job adopt_experiment_pool, which trains every "
             "proxy run anew."
         )
-    return read_documents(project, folder, project.settings.domains, "experiment_pool")
+    return project.pool_spec(location, project.settings.domains)
 
 
-def score_pool(
-    project: Project, pool: PoolDocuments, tokenizer: PoolTokenizer, *, noise_seed: int | None
-) -> tuple[pl.DataFrame, list[np.ndarray], int]:
-    """Score documents, each content once: scores are kept by content hash in `data/scores`.
+def profile(
+    project: Project,
+    spec: PoolSpec,
+    plans: Sequence[ScorerPlan],
+    tell: Callable[[str], None],
+    name: str,
+) -> PoolProfile:
+    """Profile a pool, and keep its refused rows with their reasons in `data/quarantine`.
 
-    Returns:
-        The documents frame, their token ids, and how many contents were new.
+    Args:
+        project: where scores are kept and workers run.
+        spec: the pool.
+        plans: what to measure.
+        tell: takes a line of progress.
+        name: of the pool, for the quarantine table.
     """
-    path = project.folder("scores", f"{tokenizer.content_hash}.parquet")
-    known = read_value(path) if path.is_file() else None
-    documents, encoded = profile_documents(
-        pool.documents, tokenizer, known_scores=known, noise_seed=noise_seed
+    found = profile_pool(
+        spec,
+        plans,
+        store=project.score_store,
+        workers=project.workers,
+        scratch=project.folder("scratch"),
+        on_progress=progress_teller(tell),
     )
-    scores = documents.select(SCORE_COLUMNS)
-    if known is not None:
-        scores = pl.concat([known, scores])
-    scores = scores.unique("document_id", keep="first", maintain_order=True)
-    n_new = scores.height - (0 if known is None else known.height)
-    if n_new:
-        write_value(path, scores)
-    return documents, encoded, n_new
+    write_value(project.folder("quarantine", f"{name}.parquet"), found.quarantine)
+    return found
+
+
+def progress_teller(
+    tell: Callable[[str], None], *, every: float = 2.0
+) -> Callable[[str, int, int], None]:
+    """Lines of progress with the time that is left, at most every few seconds a stage."""
+    started: dict[str, float] = {}
+    told: dict[str, float] = {}
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what not in started:
+            started[what] = told[what] = now
+        if now - told[what] < every and done < total:
+            return
+        told[what] = now
+        left = (now - started[what]) / max(done, 1) * (total - done)
+        tell(f"{PROGRESS_PREFIX}{done} of {total} {what}, {left:.0f} s left")
+
+    return on_progress
 
 
 def domain_rows(documents: pl.DataFrame) -> list[dict]:
@@ -135,16 +151,17 @@ def domain_rows(documents: pl.DataFrame) -> list[dict]:
     )
 
 
-def pool_metadata(pool: PoolDocuments, documents: pl.DataFrame, n_new: int) -> dict:
-    """What a person wants to know of a scored pool."""
+def pool_metadata(found: PoolProfile) -> dict:
+    """What a person wants to know of a profiled pool."""
+    originals = found.documents.filter(~pl.col("augmented"))
     return {
-        "documents": float(documents.filter(~pl.col("augmented")).height),
-        "tokens": float(documents.filter(~pl.col("augmented"))["n_tokens"].sum()),
-        "documents scored now": float(n_new),
-        "rows rejected": float(pool.quarantine.height),
-        "share rejected": pool.rejected_share,
-        "first reasons": markdown_table(pool.quarantine.head(3).to_dicts()),
-        "domains": markdown_table(domain_rows(documents)),
+        "documents": float(originals.height),
+        "tokens": float(originals["n_tokens"].sum()),
+        "documents scored now": float(max(found.n_scored.values())),
+        "rows rejected": float(found.quarantine.height),
+        "share rejected": found.rejected_share,
+        "first reasons": markdown_table(found.quarantine.head(3).to_dicts()),
+        "domains": markdown_table(domain_rows(found.documents)),
     }
 
 
@@ -152,7 +169,7 @@ def pool_metadata(pool: PoolDocuments, documents: pl.DataFrame, n_new: int) -> d
     dagster_type=VALUES,
     group_name="experiment",
     kinds={"python"},
-    code_version="1",
+    code_version="2",
     deps=[experiment_pool],
 )
 def tokenizer(
@@ -163,8 +180,8 @@ def tokenizer(
     Trained on the experiment pool; it also fixes the list of domains and their order. Stale when
     the experiment pool, the list of domains or the vocabulary size changes.
     """
-    pool = read_adopted_pool(context, project)
-    domains = project.settings.domains or pool.documents["domain"].unique().sort().to_list()
+    found = survey_pool(adopted_pool(context, project), max_bytes=TOKENIZER_BYTES)
+    domains = project.settings.domains or sorted(found.documents_of)
     if len(domains) < 2:
         raise PoolError(
             f"pools.experiment must hold two domains or more, got {domains}: with one there is "
@@ -172,7 +189,7 @@ def tokenizer(
             "the column in columns.domain."
         )
     fitted = PoolTokenizer.fit(
-        pool.documents, vocab_size=project.settings.proxy.to_config().vocab_size
+        found.sample, vocab_size=project.settings.proxy.to_config().vocab_size
     )
     unigram_V = np.sum([half.unigram_V for half in fitted.language_model.halves], axis=0)
     value = {"domains": domains, "unigram_nats": fitted.unigram_nats, **fitted.to_dict()}
@@ -192,7 +209,7 @@ def tokenizer(
     dagster_type=FRAME,
     group_name="experiment",
     kinds={"polars"},
-    code_version="1",
+    code_version="2",
     deps=[experiment_pool],
     check_specs=[
         dg.AssetCheckSpec(
@@ -210,18 +227,22 @@ def experiment_documents(
     """One row per document of the experiment pool, with its metrics; no text.
 
     Repeated text is one row with its number of copies; noisy twins are marked `augmented`. Stale
-    when the experiment pool or the tokenizer changes.
+    when the experiment pool, the tokenizer, or what is measured changes.
     """
-    pool, fitted = read_adopted_pool(context, project), PoolTokenizer.from_dict(tokenizer)
+    fitted = PoolTokenizer.from_dict(tokenizer)
     noise_seed = project.settings.design.seed if project.state_ranges.noise > 0 else None
-    documents, encoded, n_new = score_pool(project, pool, fitted, noise_seed=noise_seed)
-    tokens_hash = write_token_store(project.run_store, documents, encoded, fitted)
-    documents = documents.with_columns(tokens_hash=pl.lit(tokens_hash))
+    spec = replace(
+        adopted_pool(context, project), domains=tuple(tokenizer["domains"]), noise_seed=noise_seed
+    )
+    plans = project.scorer_plans(fitted)
+    found = profile(project, spec, plans, context.log.info, "experiment_pool")
+    tokens_hash = write_token_store(project.run_store, spec, found.documents, fitted)
+    documents = found.documents.with_columns(tokens_hash=pl.lit(tokens_hash))
     least = min(domain_rows(documents), key=lambda row: row["documents"])
     return dg.MaterializeResult(
         value=documents,
         data_version=dg.DataVersion(content_digest(documents)),
-        metadata=pool_metadata(pool, documents, n_new),
+        metadata=pool_metadata(found),
         check_results=[
             dg.AssetCheckResult(
                 check_name="enough_documents",
@@ -235,21 +256,23 @@ def experiment_documents(
 
 
 @dg.asset(
-    dagster_type=FRAME, group_name="live", kinds={"polars"}, code_version="1", deps=[live_pool]
+    dagster_type=FRAME, group_name="live", kinds={"polars"}, code_version="2", deps=[live_pool]
 )
-def live_documents(project: dg.ResourceParam[Project], tokenizer: dict) -> dg.MaterializeResult:
+def live_documents(
+    context: dg.AssetExecutionContext, project: dg.ResourceParam[Project], tokenizer: dict
+) -> dg.MaterializeResult:
     """One row per document of the live pool, with its metrics; no text.
 
-    Scores are kept by content, so only new documents are scored. Stale when the live pool or the
-    tokenizer changes.
+    Scores are kept by content, so only new documents are scored. Stale when the live pool, the
+    tokenizer, or what is measured changes.
     """
-    pool = read_documents(project, project.settings.live_path, tokenizer["domains"], "live_pool")
-    fitted = PoolTokenizer.from_dict(tokenizer)
-    documents, _, n_new = score_pool(project, pool, fitted, noise_seed=None)
+    plans = project.scorer_plans(PoolTokenizer.from_dict(tokenizer))
+    spec = project.pool_spec(project.settings.live_path, tokenizer["domains"])
+    found = profile(project, spec, plans, context.log.info, "live_pool")
     return dg.MaterializeResult(
-        value=documents,
-        data_version=dg.DataVersion(content_digest(documents)),
-        metadata=pool_metadata(pool, documents, n_new),
+        value=found.documents,
+        data_version=dg.DataVersion(content_digest(found.documents)),
+        metadata=pool_metadata(found),
     )
 
 
@@ -257,40 +280,52 @@ def live_documents(project: dg.ResourceParam[Project], tokenizer: dict) -> dg.Ma
     dagster_type=FRAME,
     group_name="live",
     kinds={"polars"},
-    code_version="1",
+    code_version="2",
     check_specs=[
         dg.AssetCheckSpec(
             "no_covariate_missing",
             asset="live_covariates",
             blocking=True,
-            description="Every covariate of every domain is a finite number.",
+            description="Every covariate of the settings is a finite number in every domain.",
         )
     ],
 )
-def live_covariates(tokenizer: dict, live_documents: pl.DataFrame) -> dg.MaterializeResult:
+def live_covariates(
+    project: dg.ResourceParam[Project],
+    tokenizer: dict,
+    normaliser: dict,
+    live_documents: pl.DataFrame,
+) -> dg.MaterializeResult:
     """One row per domain of the live pool: documents, tokens, token share and every covariate.
 
-    Measured per domain before anything is mixed. Stale when the live documents change.
+    Measured per domain before anything is mixed, by the scorers that the experiment was measured
+    by. Stale when the live documents, the normaliser or the list of covariates change.
     """
-    domains = tokenizer["domains"]
-    values_DP = measure_covariates(live_documents, domains)
-    frame = describe_domains(live_documents, domains).hstack(
-        pl.DataFrame(values_DP, schema=list(COVARIATES))
-    )
-    missing = int((~np.isfinite(values_DP)).sum())
-    shown = ["domain", "documents", "tokens", "natural_share", "duplicate_share"]
+    domains, wanted = tokenizer["domains"], list(project.settings.covariates)
+    scale = Normaliser.from_dict(normaliser)
+    scale.check_scorers(live_documents["scorers"][0].split(";"), "the live pool")
+    names = list(dict.fromkeys([*covariates_of(live_documents), *wanted]))
+    values_DP = measure_covariates(live_documents, domains, names)
+    frame = describe_domains(live_documents, domains).hstack(pl.DataFrame(values_DP, schema=names))
+    missing = [name for name in wanted if not np.isfinite(frame[name].to_numpy()).all()]
+    shown = ["domain", "documents", "tokens", "natural_share", *wanted]
     return dg.MaterializeResult(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "tokens": float(frame["tokens"].sum()),
+            "normaliser": scale.version,
             "covariates": markdown_table(frame.select(shown).to_dicts()),
         },
         check_results=[
             dg.AssetCheckResult(
                 check_name="no_covariate_missing",
-                passed=missing == 0,
-                metadata={"missing": missing},
+                passed=not missing,
+                description=""
+                if not missing
+                else f"covariates must have a value in every "
+                f"domain; {missing[0]!r} has none in some: take it off the list.",
+                metadata={"missing": ", ".join(missing) or "none"},
             )
         ],
     )
@@ -308,3 +343,74 @@ def describe_domains(documents: pl.DataFrame, domains: Sequence[str]) -> pl.Data
         counted, on="domain", how="left", maintain_order="left"
     )
     return ordered.with_columns(natural_share=pl.col("read") / pl.col("read").sum()).drop("read")
+
+
+@dg.asset(dagster_type=VALUES, group_name="live", kinds={"python"}, code_version="1")
+def live_changes(
+    project: dg.ResourceParam[Project],
+    tokenizer: dict,
+    normaliser: dict,
+    live_documents: pl.DataFrame,
+) -> dg.MaterializeResult:
+    """What changed since the live pool was profiled before: documents in and out, covariates moved.
+
+    A move is told in standard deviations over the experiment's states, with its standard error.
+    Stale when the live documents change.
+    """
+    before = profile_before(project, live_documents)
+    if before is None:
+        value: dict = {"documents": [], "covariates": []}
+        return dg.MaterializeResult(
+            value=value,
+            data_version=dg.DataVersion(content_digest(value)),
+            metadata={"changes": "This is the first profile of the live pool."},
+        )
+    scale = Normaliser.from_dict(normaliser)
+    both = set(covariates_of(before)) & set(covariates_of(live_documents))
+    names = [name for name in scale.covariates if name in both]
+    domains = [d for d in tokenizer["domains"] if d in set(before["domain"].unique())]
+    columns = [scale.covariates.index(name) for name in names]
+    rows = [scale.domains.index(domain) for domain in domains]
+    change = compare_profiles(
+        before.filter(pl.col("domain").is_in(domains)),
+        live_documents.filter(pl.col("domain").is_in(domains)),
+        domains,
+        names,
+        scale_DP=scale.scale_DP[rows][:, columns],
+    )
+    moves, moved = change.to_frame(), change.moved()
+    value = {"documents": change.documents.to_dicts(), "covariates": moves.to_dicts()}
+    picture = base64.b64encode(moves_plot(moves).encode()).decode()
+    counted = ["domain", "documents_in", "documents_out", "documents_kept"]
+    return dg.MaterializeResult(
+        value=value,
+        data_version=dg.DataVersion(content_digest(value)),
+        metadata={
+            "documents in": float(change.documents["documents_in"].sum()),
+            "documents out": float(change.documents["documents_out"].sum()),
+            "covariates moved by 3 standard errors or more": float(moved.height),
+            "documents": markdown_table(change.documents.select(counted).to_dicts()),
+            "largest moves": markdown_table(
+                moved.select("domain", "covariate", "before", "after", "effect", "z").to_dicts()
+            ),
+            "picture": dg.MetadataValue.md(f"![moves](data:image/svg+xml;base64,{picture})"),
+        },
+    )
+
+
+def profile_before(project: Project, live_documents: pl.DataFrame) -> pl.DataFrame | None:
+    """The profile that stood before this one, and remember this one; None for the first.
+
+    Asked again with the same documents, it answers the same.
+    """
+    newest = project.folder("history", "newest_profile.parquet")
+    before = project.folder("history", "profile_before.parquet")
+    if not newest.is_file():
+        write_value(newest, live_documents)
+        return None
+    seen = read_value(newest)
+    if content_digest(seen) == content_digest(live_documents):
+        return read_value(before) if before.is_file() else None
+    write_value(before, seen)
+    write_value(newest, live_documents)
+    return seen

@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.experiment import collect_runs
+from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import design_of, domains_of, specs_of, state_values
 from causalmix_pipeline.assets.pictures import markdown_table
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
-from causalmix_pipeline.resources.frame_store import FRAME, VALUES, content_digest
+from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.progress import Progress
 from causalmix_pipeline.resources.project import Project
 
@@ -56,7 +57,7 @@ def price_runs(project: Project, specs: Sequence[ProxySpec]) -> dict[str, float]
     n_all = len({spec.key for spec in specs})
     n_pending = len(store.missing(specs))
     seconds = calibrate(config, proxy.models_per_stack)
-    workers = proxy.workers or os.cpu_count() or 1
+    workers = project.settings.backend.workers or os.cpu_count() or 1
     return {
         "proxy runs": float(n_all),
         "to train": float(n_pending),
@@ -275,7 +276,7 @@ def run_table(
     runs = collect_runs(
         records_of(proxy_runs, eval_tasks["tasks"]),
         design_of(mixture_design),
-        state_values(pool_states, len(domains)),
+        state_values(pool_states, len(domains), project.settings.covariates),
         domains=domains,
         covariates=project.settings.covariates,
         tasks=eval_tasks["tasks"],

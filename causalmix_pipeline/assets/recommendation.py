@@ -10,13 +10,14 @@ import polars as pl
 
 from causalmix_pipeline.adapters.estimators import fit_chosen, make_estimator
 from causalmix_pipeline.adapters.exporter import Export, write_export
+from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import markdown_table, share_bars
 from causalmix_pipeline.core.belief import Overlap, overlap
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.policy import Constraints, Recommendation, recommend, weighted_gain
 from causalmix_pipeline.core.runs import RunTable
-from causalmix_pipeline.resources.frame_store import FRAME, VALUES, content_digest
+from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 

@@ -6,9 +6,10 @@ import dagster as dg
 import polars as pl
 
 from causalmix_pipeline.adapters.report_html import ReportData, write_report
+from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.core.belief import UNSUPPORTED_FACTOR
 from causalmix_pipeline.core.runs import RunTable
-from causalmix_pipeline.resources.frame_store import VALUES, content_digest
+from causalmix_pipeline.resources.frame_store import VALUES
 from causalmix_pipeline.resources.project import Project
 
 

@@ -11,18 +11,16 @@ from causalmix_pipeline.adapters.experiment import (
     PoolTokenizer,
     keep_states,
     make_specs,
-    profile_documents,
     write_token_store,
 )
+from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import markdown_table
-from causalmix_pipeline.assets.pool import read_documents
 from causalmix_pipeline.assets.proxy import TRAINING_POOL, read_records
 from causalmix_pipeline.core.design import Design
-from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.pool_state import Membership
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxySpec
-from causalmix_pipeline.resources.frame_store import FRAME, content_digest
+from causalmix_pipeline.resources.frame_store import FRAME
 from causalmix_pipeline.resources.progress import Progress
 from causalmix_pipeline.resources.project import Project
 
@@ -52,20 +50,13 @@ def keep_live_pool(
     Raises:
         PoolError: if the pool's files changed since they were profiled.
     """
-    domains, fitted = tokenizer["domains"], PoolTokenizer.from_dict(tokenizer)
-    pool = read_documents(project, project.settings.live_path, domains, "live_pool")
-    ids = live_documents["document_id"].to_list()
-    if pool.documents["document_id"].to_list() != ids:
-        raise PoolError(
-            "pools.live must be as it was when it was profiled, got other documents: refresh, "
-            "then validate."
-        )
-    documents, encoded = profile_documents(
-        pool.documents, fitted, known_scores=live_documents.unique("document_id")
+    domains = tokenizer["domains"]
+    spec = project.pool_spec(project.settings.live_path, domains)
+    tokens_hash = write_token_store(
+        project.run_store, spec, live_documents, PoolTokenizer.from_dict(tokenizer)
     )
-    tokens_hash = write_token_store(project.run_store, documents, encoded, fitted)
-    whole = Membership(np.arange(len(ids)), documents["copies"].to_numpy())
-    state_hash = keep_states(project.run_store, documents, domains, [whole])[0]
+    whole = Membership(np.arange(live_documents.height), live_documents["copies"].to_numpy())
+    state_hash = keep_states(project.run_store, live_documents, domains, [whole])[0]
     return state_hash, tokens_hash
 
 

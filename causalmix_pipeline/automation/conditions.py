@@ -6,6 +6,7 @@ import dagster as dg
 LIVE_SIDE_NAMES = (
     "live_documents",
     "live_covariates",
+    "live_changes",
     "baseline_mixtures",
     "recommended_mixture",
     "training_export",

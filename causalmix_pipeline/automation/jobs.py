@@ -13,7 +13,9 @@ from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 
 #: From the pinned pool to the effect model: what proxy compute is spent on.
-EXPERIMENT_SIDE = dg.AssetSelection.groups("experiment", "effects")
+COVARIATE_CHOICE = dg.AssetSelection.assets("covariate_choice")
+
+EXPERIMENT_SIDE = dg.AssetSelection.groups("experiment", "effects") - COVARIATE_CHOICE
 
 VALIDATION = dg.AssetSelection.assets("validation_runs")
 
@@ -26,6 +28,11 @@ refresh_job = dg.define_asset_job(
     "refresh",
     selection=LIVE_SIDE,
     description="Profiles the live pool and recommends a mixture; trains no proxy.",
+)
+choose_covariates_job = dg.define_asset_job(
+    "choose_covariates",
+    selection=COVARIATE_CHOICE,
+    description="Tries subsets of the covariates on the proxy runs at hand; trains no proxy.",
 )
 validate_job = dg.define_asset_job(
     "validate",

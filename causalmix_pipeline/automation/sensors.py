@@ -9,7 +9,7 @@ import time
 
 import dagster as dg
 
-from causalmix_pipeline.adapters.pool_reader import pool_fingerprint
+from causalmix_pipeline.adapters.pool_files import pool_fingerprint
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
 from causalmix_pipeline.resources.observation import (
     LIVE_POOL,
@@ -34,9 +34,9 @@ def look_at_pool(
     Returns:
         At most one observation, never a run; why there is none; the new cursor.
     """
-    folder, quiet = settings.live_path, settings.automation.quiet_seconds
+    location, quiet = settings.live_path, settings.automation.quiet_seconds
     seen = json.loads(cursor) if cursor else {}
-    stat, newest = pool_stat(folder)
+    stat, newest = pool_stat(location)
     if stat == seen.get("done"):
         return dg.SensorResult(skip_reason="The live pool's files are as before.", cursor=cursor)
     if stat != seen.get("stat"):
@@ -46,13 +46,15 @@ def look_at_pool(
     if wait > 0:
         reason = f"The live pool changed; it is read once it's quiet, in {wait:.0f} s at the least."
         return dg.SensorResult(skip_reason=reason, cursor=json.dumps(seen))
-    version = pool_fingerprint(folder)
+    version = pool_fingerprint(location)
     done = json.dumps({"done": stat})
     if version == observed_version(instance, LIVE_POOL):
         return dg.SensorResult(
             skip_reason="Files were written again with the same content.", cursor=done
         )
-    return dg.SensorResult(asset_events=[make_observation(LIVE_POOL, folder, version)], cursor=done)
+    return dg.SensorResult(
+        asset_events=[make_observation(LIVE_POOL, location, version)], cursor=done
+    )
 
 
 def make_pool_sensor(settings: Settings) -> dg.SensorDefinition:

@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from causalmix_pipeline.core.covariates import QUANTILES
 from causalmix_pipeline.resources.settings import Settings
 
 
@@ -31,25 +32,44 @@ def _tasks(settings: Settings) -> Any:
 
 
 def _states(settings: Settings) -> Any:
+    n_states = -(-settings.n_runs // settings.design.mixtures_per_state)
+    return [_ranges(settings), n_states]
+
+
+def _ranges(settings: Settings) -> Any:
+    """What states are drawn from the experiment pool, and quantiles that are only made if asked."""
     design = settings.design
-    n_states = -(-settings.n_runs // design.mixtures_per_state)
-    return [design.states.model_dump(mode="json"), design.seed, n_states]
+    quantiles = [name for name in settings.covariates if name.endswith(tuple(QUANTILES))]
+    return [design.states.model_dump(mode="json"), design.seed, quantiles]
+
+
+def _measured(settings: Settings) -> Any:
+    """How documents are read and what is measured of them; where it runs doesn't count."""
+    profile = settings.profile.model_dump(mode="json", exclude={"device"})
+    door = [settings.quality.max_document_bytes, settings.quality.max_decompression_ratio]
+    return [settings.columns.model_dump(mode="json"), profile, door]
 
 
 #: What of the settings each asset depends on by itself, its inputs apart.
 DEPENDS_ON: dict[str, Callable[[Settings], Any]] = {
-    "tokenizer": lambda s: [s.columns.model_dump(), s.domains, s.proxy.to_config().vocab_size],
+    "tokenizer": lambda s: [
+        s.columns.model_dump(mode="json"),
+        s.domains,
+        s.proxy.to_config().vocab_size,
+    ],
     "experiment_documents": lambda s: [
-        s.columns.model_dump(),
+        _measured(s),
         s.design.seed if s.design.states.noise > 0 else None,
     ],
     "eval_tasks": lambda s: [_tasks(s), s.columns.text, s.proxy.to_config().sequence_length],
     "pool_states": _states,
+    "normaliser": _ranges,
     "mixture_design": lambda s: [s.design.model_dump(mode="json"), s.n_runs, _proxy(s)],
     "run_table": lambda s: s.covariates,
     "cate_model": lambda s: [s.estimators, s.seed],
     "cate_checks": lambda s: s.seed,
-    "live_documents": lambda s: s.columns.model_dump(),
+    "live_documents": _measured,
+    "live_covariates": lambda s: s.covariates,
     "baseline_mixtures": _objective,
     "recommended_mixture": _objective,
     "training_export": lambda s: [s.policy.budget_tokens, s.seed],

@@ -4,6 +4,8 @@ CausalMixError
     ConfigError       a setting breaks a rule (also a ValueError)
     PoolError         documents can't be read or used (also a ValueError)
     ProxyError        a proxy run failed or its record is unusable
+    ScoringError      a scorer can't be loaded or its scores can't be used
+    WorkError         a worker died, or its backend can't be reached
     EstimationError   runs that no effect can be estimated from (also a ValueError)
 """
 
@@ -22,6 +24,14 @@ class PoolError(CausalMixError, ValueError):
 
 class ProxyError(CausalMixError):
     """A proxy run failed, or a record in the run store can't be used."""
+
+
+class ScoringError(CausalMixError):
+    """A scorer can't be loaded, or kept scores can't be used."""
+
+
+class WorkError(CausalMixError):
+    """A worker died, or the backend that it belongs to can't be reached."""
 
 
 class EstimationError(CausalMixError, ValueError):

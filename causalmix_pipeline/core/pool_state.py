@@ -1,9 +1,6 @@
 """Pool states: what a pool is before anything is mixed, and the sub-pools a design trains on.
 
-A pool state is a multiset of documents per domain. Its covariates are token-weighted means of
-per-document metrics, the size, and the share of repeated text, all measured per domain before
-mixing (measured on the mixed sample they would be a linear map of the mixture and adjust the
-treatment away). The same function measures a drawn sub-pool and a live pool.
+A pool state is a multiset of documents per domain; `covariates` measures it.
 """
 
 from __future__ import annotations
@@ -15,25 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from causalmix_pipeline.core.covariates import METRICS
 from causalmix_pipeline.core.errors import ConfigError, PoolError
-
-#: Metrics of a document, in the order of the documents frame; units in `document_metrics`.
-METRICS = (
-    "compress_ratio",
-    "token_entropy",
-    "unique_bigram_ratio",
-    "unigram_cross_entropy",
-    "bigram_cross_entropy",
-    "letter_share",
-    "digit_share",
-    "symbol_share",
-    "logical_words",
-    "bytes_per_token",
-    "near_duplicate",
-)
-
-#: Covariates of a domain: the means of the metrics, then the size and the repeated share.
-COVARIATES = (*METRICS, "log2_tokens", "duplicate_share")
 
 #: States whose spread defines the unit of a covariate; fixed, so that growing the design
 #: leaves the scale alone.
@@ -159,7 +139,7 @@ def index_documents(
             )
         sources = tuple(sorted(part["source"].unique().to_list()))
         code = {name: i for i, name in enumerate(sources)}
-        score = part[ranges.tilt_metric].to_numpy()
+        score = part[ranges.tilt_metric].fill_null(part[ranges.tilt_metric].mean()).to_numpy()
         spread = score.std()
         index.append(
             DomainIndex(
@@ -262,68 +242,3 @@ def _repeat_to(n_tokens: np.ndarray, wanted: float) -> np.ndarray:
     whole, rest = divmod(wanted, float(n_tokens.sum()))
     extra = np.cumsum(n_tokens) <= rest
     return np.maximum(int(whole) + extra.astype(np.int64), 1)
-
-
-def measure_covariates(
-    documents: pl.DataFrame, domains: Sequence[str], membership: Membership | None = None
-) -> np.ndarray:
-    """Measure a pool's covariates, or those of a sub-pool of it.
-
-    Args:
-        documents: the documents frame.
-        domains: D domains, in the pool's order.
-        membership: documents and copies of a sub-pool; without it, all documents that aren't
-            augmented, as often as `copies` says.
-
-    Returns:
-        Values in the order of `COVARIATES`; shape (D, P). Metrics in their own units, size in
-        log2 of the distinct tokens, shares in 0..1.
-
-    Raises:
-        PoolError: if a domain has no document.
-    """
-    if membership is None:
-        frame = documents.filter(~pl.col("augmented"))
-        copies = frame["copies"].to_numpy()
-    else:
-        frame = documents[membership.rows.tolist()]
-        copies = membership.copies
-    labels = frame["domain"].to_numpy()
-    n_tokens = frame["n_tokens"].to_numpy().astype(float)
-    metrics = frame.select(METRICS).to_numpy()
-    values_DP = np.empty((len(domains), len(COVARIATES)))
-    for d, domain in enumerate(domains):
-        mask = labels == domain
-        weights = n_tokens[mask] * copies[mask]
-        if weights.sum() == 0:
-            raise PoolError(
-                f"domain {domain!r} has no usable document in this pool, so its covariates can't "
-                "be measured. Add documents, or remove the domain from `domains` in the settings "
-                "and adopt a new experiment pool."
-            )
-        values_DP[d, : len(METRICS)] = weights @ metrics[mask] / weights.sum()
-        values_DP[d, -2] = np.log2(n_tokens[mask].sum())
-        values_DP[d, -1] = 1.0 - n_tokens[mask].sum() / weights.sum()
-    return values_DP
-
-
-@dataclass(frozen=True, eq=False)
-class Normaliser:
-    """Location and scale of each covariate of each domain over the reference states.
-
-    A scaled value of 1 is one standard deviation of the states that the experiment pool can
-    take, so a later pool is on the same scale.
-    """
-
-    mean_DP: np.ndarray
-    scale_DP: np.ndarray
-
-    def scale(self, values: np.ndarray) -> np.ndarray:
-        """Scale raw covariates; shape (..., D, P)."""
-        return (values - self.mean_DP) / self.scale_DP
-
-
-def fit_normaliser(values_MDP: np.ndarray) -> Normaliser:
-    """Fit the normaliser on the reference states; a covariate that never varies keeps scale 1."""
-    scale_DP = values_MDP.std(axis=0)
-    return Normaliser(values_MDP.mean(axis=0), np.where(scale_DP > 1e-9, scale_DP, 1.0))

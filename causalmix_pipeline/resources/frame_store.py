@@ -1,30 +1,15 @@
-"""Where assets keep their values: one Parquet file each, written whole or not at all.
+"""Where assets keep their values: one sealed Parquet file each, on a disk or in object storage."""
 
-Polars writes no page checksums, so a flipped bit in a page can be read as another number. Each file
-therefore carries the digest of its content in its own footer, computed again at every read: one
-file, readable by any Parquet reader, never silently wrong. The same digest is the data version of
-the asset, so equal content is equal to Dagster.
-"""
-
-import hashlib
-import io
-import json
-import os
 import re
-from pathlib import Path
 from typing import Any, ClassVar
 
 import dagster as dg
-import numpy as np
 import polars as pl
 from pydantic import Field, PrivateAttr
 from upath import UPath
 
-from causalmix_pipeline.core.errors import PoolError
-
-DIGEST_KEY = "causalmix.digest"
-KIND_KEY = "causalmix.kind"
-SCHEMA_KEY = "causalmix.schema"
+from causalmix_pipeline.adapters.blobs import root_of
+from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
 
 #: Types of asset values. Named, since Dagster infers none from a `MaterializeResult` with checks.
 FRAME = dg.PythonObjectDagsterType(pl.DataFrame, name="Frame")
@@ -37,7 +22,8 @@ class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
     """Keeps polars frames, and dictionaries that JSON can hold, as Parquet files."""
 
     base_dir: str = Field(
-        description="Folder of the asset storage; change it to keep values elsewhere."
+        description="Folder or URL (`s3://...`) of the asset storage; change it to keep values "
+        "elsewhere."
     )
 
     extension: ClassVar[str] = ".parquet"
@@ -45,7 +31,7 @@ class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Point the store at its folder; it is made at the first write."""
-        self._base_path = UPath(self.base_dir)
+        self._base_path = UPath(root_of(self.base_dir))
 
     def get_asset_relative_path(self, context: dg.InputContext | dg.OutputContext) -> UPath:
         """The asset's key as a path; only slugs, so no name leaves the folder."""
@@ -60,13 +46,16 @@ class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
         """The partition's file below the asset's; only slugs."""
         return base_path / check_slug(partition)
 
+    def make_directory(self, path: UPath) -> None:
+        """Nothing: a write makes its folder, and object storage has none."""
+
     def dump_to_path(self, context: dg.OutputContext, obj: Any, path: UPath) -> None:
         """Write a value whole or not at all."""
-        write_value(Path(str(path)), obj)
+        write_value(path, obj)
 
     def load_from_path(self, context: dg.InputContext, path: UPath) -> Any:
         """Read a value and check it against the digest in its footer."""
-        return read_value(Path(str(path)))
+        return read_value(path)
 
     def get_metadata(self, context: dg.OutputContext, obj: Any) -> dict[str, Any]:
         """Rows and columns, as Dagster's catalogue shows them; nothing for a dictionary."""
@@ -91,127 +80,3 @@ def check_slug(part: str) -> str:
             "keep names from data inside the frame, and store it under a slug"
         )
     return part
-
-
-def content_digest(value: pl.DataFrame | dict | list) -> str:
-    """Hex digest of what a value says, whatever its layout in memory or on disk.
-
-    Null, NaN and text lengths count; row order counts. Floats are compared bit for bit.
-    """
-    if isinstance(value, pl.DataFrame):
-        return _frame_digest(value)
-    return hashlib.sha256(_to_json(value).encode()).hexdigest()
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def _frame_digest(frame: pl.DataFrame) -> str:
-    digest = hashlib.sha256(str(frame.height).encode())
-    for series in frame.iter_columns():
-        digest.update(f"\0{series.name}\0{series.dtype}\0".encode())
-        _feed_series(digest, series)
-    return digest.hexdigest()
-
-
-def _feed_series(digest: Any, series: pl.Series) -> None:
-    """Feed null mask and values of a column; lists as their lengths and their items."""
-    digest.update(np.packbits(series.is_null().to_numpy()).tobytes())
-    if isinstance(series.dtype, pl.List):
-        digest.update(series.list.len().fill_null(0).to_numpy().astype(np.int64).tobytes())
-        _feed_series(digest, series.drop_nulls().explode(empty_as_null=False))
-    elif series.dtype == pl.String:
-        filled = series.fill_null("")
-        digest.update(filled.str.len_bytes().to_numpy().astype(np.int64).tobytes())
-        digest.update("".join(filled.to_list()).encode())
-    elif series.dtype == pl.Boolean or series.dtype.is_numeric():
-        filled = series.fill_null(False if series.dtype == pl.Boolean else 0)
-        digest.update(np.ascontiguousarray(filled.to_numpy()).tobytes())
-    elif series.dtype != pl.Null:  # a column of nulls is all in its mask
-        raise TypeError(
-            f"column {series.name} must hold numbers, text, booleans or lists of them, got "
-            f"{series.dtype}: cast it before it is stored"
-        )
-
-
-def write_value(path: Path, value: pl.DataFrame | dict | list) -> None:
-    """Write a frame or a JSON-able value: to a temporary name, to the disk, then renamed.
-
-    A process killed at any moment leaves the old file or the new one.
-
-    Raises:
-        TypeError: for a value of another kind.
-    """
-    is_frame = isinstance(value, pl.DataFrame)
-    if not is_frame and not isinstance(value, dict | list):
-        raise TypeError(
-            f"an asset's value must be a polars DataFrame, a dict or a list, got "
-            f"{type(value).__name__}: store what it is made of"
-        )
-    frame = value if is_frame else pl.DataFrame({"json": [_to_json(value)]})
-    columns = {name: str(kind) for name, kind in frame.schema.items()}
-    footer = {
-        DIGEST_KEY: content_digest(frame),
-        KIND_KEY: "frame" if is_frame else "json",
-        SCHEMA_KEY: json.dumps(columns),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed writer
-        if not _is_running(int(left.name.split(".")[-2])):
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        frame.write_parquet(temporary, compression="zstd", metadata=footer)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_value(path: Path) -> Any:
-    """Read what `write_value` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        PoolError: if the file isn't what was written: a flipped bit, a foreign file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} must be there, got no file: materialise the asset {path.stem} first."
-        )
-    way_out = f"Delete it and materialise the asset {path.stem} again."
-    try:
-        # Read once: opened by name again, the file could be the next one, renamed into place.
-        content = path.read_bytes()
-        footer = pl.read_parquet_metadata(io.BytesIO(content))
-        frame = pl.read_parquet(io.BytesIO(content))
-        found = content_digest(frame)
-    except (Exception, pl.exceptions.PanicException) as error:  # all ways a damaged file fails
-        raise PoolError(f"{path} can't be read: {error}. {way_out}") from error
-    if found != footer.get(DIGEST_KEY):
-        raise PoolError(
-            f"{path} must hold what was written (digest {footer.get(DIGEST_KEY)}), got {found}: "
-            f"the file was damaged or changed by hand. {way_out}"
-        )
-    return json.loads(frame["json"][0]) if footer[KIND_KEY] == "json" else frame

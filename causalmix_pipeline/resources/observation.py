@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from causalmix_pipeline.adapters.pool_reader import pool_files, pool_fingerprint
+from causalmix_pipeline.adapters.pool_files import is_url, pool_files, pool_fingerprint
 from causalmix_pipeline.resources.settings import Settings
 
 #: Tag of an observation or materialisation that tells Dagster which data it stands for.
@@ -20,34 +20,34 @@ EXPERIMENT_POOL = dg.AssetKey("experiment_pool")
 LIVE_POOL = dg.AssetKey("live_pool")
 
 
-def pool_stat(folder: Path) -> tuple[str, float]:
+def pool_stat(location: str | Path) -> tuple[str, float]:
     """A cheap fingerprint of names, sizes and times of a pool's files, and the newest time.
 
     Returns:
-        16 hex digits; seconds since 1970 of the newest change.
+        16 hex digits; seconds since 1970 of the newest change, 0 on object storage, which tells a
+        version instead.
 
     Raises:
-        PoolError: if the folder doesn't exist or holds no data file.
+        PoolError: if there is nothing at the location, or no data file.
     """
     digest, newest = hashlib.sha256(), 0.0
-    for path in pool_files(folder):
-        stat = path.stat()
-        name = str(path.relative_to(folder))
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        newest = max(newest, stat.st_mtime)
+    for file in pool_files(location):
+        digest.update(f"{file.name}\0{file.size}\0{file.version}\0".encode())
+        if not is_url(file.url) and file.version.isdigit():
+            newest = max(newest, int(file.version) / 1e9)
     return digest.hexdigest()[:16], newest
 
 
-def make_observation(key: dg.AssetKey, folder: Path, version: str) -> dg.AssetObservation:
+def make_observation(key: dg.AssetKey, location: str | Path, version: str) -> dg.AssetObservation:
     """Say what a pool holds now, with the fingerprint of its content as data version."""
-    files = pool_files(folder)
+    files = pool_files(location)
     return dg.AssetObservation(
         asset_key=key,
         tags={DATA_VERSION_TAG: version},
         metadata={
-            "folder": dg.MetadataValue.path(str(folder)),
+            "location": dg.MetadataValue.path(str(location)),
             "files": len(files),
-            "megabytes": round(sum(path.stat().st_size for path in files) / 1e6, 3),
+            "megabytes": round(sum(max(file.size, 0) for file in files) / 1e6, 3),
         },
     )
 
@@ -67,9 +67,9 @@ def observe_pool(instance: dg.DagsterInstance, settings: Settings, key: dg.Asset
     Returns:
         Whether there was something new.
     """
-    folder = settings.live_path if key == LIVE_POOL else settings.experiment_path
-    version = pool_fingerprint(folder)
+    location = settings.live_path if key == LIVE_POOL else settings.experiment_path
+    version = pool_fingerprint(location)
     if observed_version(instance, key) == version:
         return False
-    instance.report_runless_asset_event(make_observation(key, folder, version))
+    instance.report_runless_asset_event(make_observation(key, location, version))
     return True

@@ -1,16 +1,25 @@
 """The project resource: the settings file, and what is built from it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
+from causalmix_pipeline.adapters.experiment import PoolTokenizer
 from causalmix_pipeline.adapters.local_backend import LocalBackend
+from causalmix_pipeline.adapters.local_workers import LocalWorkers
+from causalmix_pipeline.adapters.pool_door import DoorRules
 from causalmix_pipeline.adapters.pool_reader import ColumnMap
+from causalmix_pipeline.adapters.profiler import PoolSpec, ScorerPlan
+from causalmix_pipeline.adapters.ray_workers import RayWorkers
 from causalmix_pipeline.adapters.run_store import RunStore
+from causalmix_pipeline.adapters.score_store import ScoreStore
+from causalmix_pipeline.adapters.scorers import model_free_plans, model_plans
 from causalmix_pipeline.core.design import DesignPlan
 from causalmix_pipeline.core.pool_state import StateRanges
+from causalmix_pipeline.core.work import WorkBackend
 from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
 
@@ -34,7 +43,7 @@ class Project(dg.ConfigurableResource):
     @property
     def columns(self) -> ColumnMap:
         """Which column of a pool's files holds what."""
-        return ColumnMap(**self.settings.columns.model_dump())
+        return column_map(self.settings)
 
     @property
     def design_plan(self) -> DesignPlan:
@@ -65,19 +74,80 @@ class Project(dg.ConfigurableResource):
     @property
     def run_store(self) -> RunStore:
         """Finished proxy runs and what workers read."""
-        return RunStore(self.settings.data_path / "run_store")
+        return RunStore(self.settings.run_store_root)
+
+    @property
+    def workers(self) -> WorkBackend:
+        """Processes that score documents and train proxies."""
+        backend = self.settings.backend
+        if backend.kind == "ray":
+            return RayWorkers(backend.address)
+        return LocalWorkers(backend.workers)
 
     @property
     def backend(self) -> LocalBackend:
         """Where proxy runs are trained."""
-        proxy = self.settings.proxy
         return LocalBackend(
-            self.run_store, n_workers=proxy.workers, models_per_stack=proxy.models_per_stack
+            self.run_store,
+            models_per_stack=self.settings.proxy.models_per_stack,
+            workers=self.workers,
         )
+
+    def pool_spec(
+        self,
+        location: str | Path,
+        domains: Sequence[str] | None,
+        *,
+        noise_seed: int | None = None,
+    ) -> PoolSpec:
+        """How a pool's files are read; `domains` None keeps all."""
+        return PoolSpec(
+            location,
+            self.columns,
+            door_rules(self.settings),
+            domains=None if domains is None else tuple(domains),
+            max_rejected_share=self.settings.quality.max_rejected_share,
+            noise_seed=noise_seed,
+        )
+
+    @property
+    def score_store(self) -> ScoreStore:
+        """Scores of documents by content, and of which scorer."""
+        return ScoreStore(self.settings.data_path / "scores")
+
+    def scorer_plans(self, tokenizer: PoolTokenizer) -> list[ScorerPlan]:
+        """What is measured of every document, and of a sample by models."""
+        profile, root = self.settings.profile, self.settings.resolve
+        return [
+            *model_free_plans(
+                tokenizer.scorer(self.folder("tokenizers")),
+                vocd_budget_tokens=profile.vocd_budget_tokens,
+            ),
+            *model_plans(
+                lm=None if profile.lm is None else root(profile.lm),
+                lm_budget_tokens=profile.lm_budget_tokens,
+                rater=None if profile.rater is None else root(profile.rater),
+                rater_budget_tokens=profile.rater_budget_tokens,
+                device=profile.device,
+            ),
+        ]
 
     def folder(self, *parts: str) -> Path:
         """A folder or file below `data_dir`, by parts that the code names."""
         return self.settings.data_path.joinpath(*parts)
+
+
+def column_map(settings: Settings) -> ColumnMap:
+    """Which column of a pool's files holds what."""
+    return ColumnMap(**settings.columns.model_dump())
+
+
+def door_rules(settings: Settings) -> DoorRules:
+    """What of a pool's files is refused."""
+    return DoorRules(
+        max_document_bytes=settings.quality.max_document_bytes,
+        max_decompression_ratio=settings.quality.max_decompression_ratio,
+    )
 
 
 def default_resources(config_file: Path) -> dict[str, Any]:
@@ -87,5 +157,5 @@ def default_resources(config_file: Path) -> dict[str, Any]:
     settings = load_settings(config_file, missing_ok=True)
     return {
         "project": Project(config_file=str(config_file.resolve())),
-        "io_manager": FrameStore(base_dir=str(settings.data_path / "assets")),
+        "io_manager": FrameStore(base_dir=settings.assets_root),
     }

@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from causalmix_pipeline.core.pool_state import COVARIATES, METRICS
+from causalmix_pipeline.core.covariates import (
+    DOCUMENT_COLUMNS,
+    DOMAIN_COVARIATES,
+    METRICS,
+    MODEL_METRICS,
+    base_of,
+    check_covariate_names,
+)
 from causalmix_pipeline.core.proxy import ProxyConfig
 
 #: Proxy runs of each preset, without the noise panel; `design.n_runs` overrides it.
@@ -67,25 +74,45 @@ class Pools(Section):
     experiment: str = Field(
         default="data/experiment",
         min_length=1,
-        description="Folder of the pinned pool that proxy runs train on; change it only when you "
-        "adopt a new experiment, since every proxy run is then trained anew.",
+        description="Folder, glob or URL (s3://...) of the pinned pool that proxy runs train on; "
+        "change it only when you adopt a new experiment, since every proxy run is then trained "
+        "anew.",
     )
     live: str = Field(
         default="data/pool",
         min_length=1,
-        description="Folder of the pool to recommend a mixture for; change its files at any time.",
+        description="Folder, glob or URL (s3://...) of the pool to recommend a mixture for; change "
+        "its files at any time.",
     )
 
 
 class Columns(Section):
-    """Which column of a JSONL or Parquet file holds what."""
+    """Which column of a pool's files holds what."""
 
     text: str = Field(
         default="text", min_length=1, description="Column with the text of the document."
     )
+    prompt: str | None = Field(
+        default=None,
+        description="Column with the prompt, where documents are prompt and response; then set "
+        "response, too, and text isn't read.",
+    )
+    response: str | None = Field(
+        default=None, description="Column with the response to the prompt; set prompt, too."
+    )
+    messages: str | None = Field(
+        default=None,
+        description="Column with a chat: a list of {role, content}. The last assistant message is "
+        "the response, what stands before it the prompt; text isn't read.",
+    )
     domain: str | None = Field(
         default=None,
         description="Column with the domain's name; null takes the name of the file's folder.",
+    )
+    domain_from: Literal["folder", "file"] = Field(
+        default="folder",
+        description="What names the domain where no column does: the file's folder, or the file "
+        "itself without its endings.",
     )
     source: str | None = Field(
         default=None,
@@ -98,6 +125,97 @@ class Columns(Section):
         "repository): a group is never split between training and evaluation; null takes each "
         "document for itself.",
     )
+    numbers: tuple[str, ...] = Field(
+        default=(),
+        description="Columns of numbers of your own, such as quality scores: each becomes a metric "
+        "of the document, and a covariate by its name.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError(
+                f"columns.prompt and columns.response must be set both or neither, got "
+                f"{self.prompt!r} and {self.response!r}"
+            )
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError(
+                f"columns.messages must be null where columns.prompt is set, got "
+                f"{self.messages!r}: a document has one form"
+            )
+        taken = {*METRICS, *MODEL_METRICS, *DOMAIN_COVARIATES, *DOCUMENT_COLUMNS}
+        for name in self.numbers:
+            if name in taken:
+                raise ValueError(
+                    f"columns.numbers must not use the name of a metric or column of the "
+                    f"pipeline, got {name!r}: rename the column in the files"
+                )
+        return self
+
+
+class Profile(Section):
+    """What is measured of documents besides the metrics that need no model."""
+
+    lm: str | None = Field(
+        default=None,
+        description="Folder of a causal language model that scores documents (normalized_loss, "
+        "hes, perplexity, ifd): a local Hugging Face model, or what `causalmix fetch-scorer` "
+        "brought; null measures none of these.",
+    )
+    lm_budget_tokens: int = Field(
+        default=100_000,
+        ge=1_000,
+        description="Tokens of each domain that the model scores; more gives smaller standard "
+        "errors, at about 900 tokens a second and core for a model of 135M parameters.",
+    )
+    rater: str | None = Field(
+        default=None,
+        description="Folder of a local sequence classifier or regressor that rates documents "
+        "(writing_style); null rates none.",
+    )
+    rater_budget_tokens: int = Field(
+        default=200_000, ge=1_000, description="Tokens of each domain that the rater rates."
+    )
+    vocd_budget_tokens: int = Field(
+        default=100_000,
+        ge=1_000,
+        description="Tokens of each domain whose vocd_d is fitted; it costs a hundred times the "
+        "other metrics.",
+    )
+    device: str = Field(
+        default="auto",
+        min_length=1,
+        description="Where models score: auto takes a GPU if there is one; cpu, cuda, cuda:1.",
+    )
+
+
+class Backend(Section):
+    """Where documents are scored and proxies trained."""
+
+    kind: Literal["local", "ray"] = Field(
+        default="local",
+        description="local: processes of this machine; ray: a Ray cluster, which must see the "
+        "same data folder and pools.",
+    )
+    address: str | None = Field(
+        default=None,
+        description="Address of a running Ray cluster, such as auto or ray://head:10001; null "
+        "starts one on this machine for the time of the work.",
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Processes on this machine; 0 takes one per core. Ray has its own.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.address is not None and self.kind != "ray":
+            raise ValueError(
+                f"backend.address must be null unless backend.kind is ray, got {self.address!r}"
+            )
+        return self
 
 
 class Task(Section):
@@ -246,12 +364,6 @@ class Proxy(Section):
         description="Proxy settings that differ from the preset, such as {steps: 3000, hidden: "
         "64}; each change trains all runs anew.",
     )
-    workers: int = Field(
-        default=0,
-        ge=0,
-        le=1024,
-        description="Processes that train at the same time; 0 takes one per core.",
-    )
     models_per_stack: int = Field(
         default=4,
         ge=1,
@@ -348,6 +460,18 @@ class Quality(Section):
         description="Largest share of rows of a pool that may be rejected (broken line, no text) "
         "before the run stops.",
     )
+    max_document_bytes: int = Field(
+        default=4 * 2**20,
+        ge=1_000,
+        le=64 * 2**20,
+        description="Largest document, in UTF-8 bytes; a longer one is rejected.",
+    )
+    max_decompression_ratio: float = Field(
+        default=200.0,
+        gt=1.0,
+        description="Most bytes that a byte of a compressed file may become; beyond, the file is "
+        "rejected as a bomb.",
+    )
 
 
 class Automation(Section):
@@ -381,8 +505,16 @@ class Settings(Section):
         description="Folder for everything that runs make: run store, asset storage, Dagster's "
         "home, reports.",
     )
+    storage: str | None = Field(
+        default=None,
+        description="URL (s3://bucket/prefix) or folder for the run store and the values of "
+        "assets, where several machines share them; null keeps them in data_dir.",
+    )
     pools: Pools = Field(default=Pools(), description="Where the documents are.")
     columns: Columns = Field(default=Columns(), description="Which column holds what.")
+    profile: Profile = Field(
+        default=Profile(), description="What is measured of documents by models."
+    )
     domains: list[str] | None = Field(
         default=None,
         description="Domains to mix, in the order of every table; null takes all that the "
@@ -401,6 +533,7 @@ class Settings(Section):
     )
     design: Design = Field(default=Design(), description="Which proxy runs are made.")
     proxy: Proxy = Field(default=Proxy(), description="How proxy runs are trained.")
+    backend: Backend = Field(default=Backend(), description="Where scoring and training run.")
     estimators: list[EstimatorName] = Field(
         default=["response_surface", "structured_ridge", "causal_forest", "regmix"],
         min_length=1,
@@ -426,12 +559,14 @@ class Settings(Section):
             raise ValueError(
                 "tasks must hold at least one weight > 0, got only 0: nothing would be wanted"
             )
-        unknown = [name for name in self.covariates if name not in COVARIATES]
-        if unknown:
+        unknown = check_covariate_names(self.covariates, self.columns.numbers)
+        if unknown is not None:
+            known = (*METRICS, *MODEL_METRICS, *DOMAIN_COVARIATES, *self.columns.numbers)
             raise ValueError(
-                f"covariates must be known names, got {unknown[0]!r}; "
-                f"known: {', '.join(COVARIATES)}"
+                f"covariates must be known names, got {unknown!r}; known: {', '.join(known)}, a "
+                "metric's quantiles (mtld_p10, _p50, _p90) and language_share_<ISO code>"
             )
+        self._check_measured()
         if self.domains is not None and len(set(self.domains)) < max(2, len(self.domains)):
             raise ValueError(
                 f"domains must be two different names or more, got {self.domains}: with one "
@@ -443,6 +578,19 @@ class Settings(Section):
                 "copy the pool, so that a change of the one leaves the experiment as it is"
             )
         return self
+
+    def _check_measured(self) -> None:
+        """Each covariate must be measured with these settings."""
+        for names, field, value in (
+            (MODEL_METRICS[:4], "profile.lm", self.profile.lm),
+            (MODEL_METRICS[4:], "profile.rater", self.profile.rater),
+        ):
+            asked = [name for name in self.covariates if base_of(name) in names]
+            if asked and value is None:
+                raise ValueError(
+                    f"covariates must be measured, got {asked[0]!r}, which needs {field}: set it, "
+                    "or take the covariate off the list"
+                )
 
     @property
     def root(self) -> Path:
@@ -458,15 +606,31 @@ class Settings(Section):
         """`data_dir` as an absolute path."""
         return self.resolve(self.data_dir)
 
-    @property
-    def experiment_path(self) -> Path:
-        """`pools.experiment` as an absolute path."""
-        return self.resolve(self.pools.experiment)
+    def locate(self, location: str) -> str | Path:
+        """A pool's location: a URL as it is, a path as an absolute one."""
+        return location if "://" in location else self.resolve(location)
 
     @property
-    def live_path(self) -> Path:
-        """`pools.live` as an absolute path."""
-        return self.resolve(self.pools.live)
+    def experiment_path(self) -> str | Path:
+        """`pools.experiment`: a URL, or an absolute path."""
+        return self.locate(self.pools.experiment)
+
+    @property
+    def live_path(self) -> str | Path:
+        """`pools.live`: a URL, or an absolute path."""
+        return self.locate(self.pools.live)
+
+    @property
+    def run_store_root(self) -> str | Path:
+        """Where the run store is: below `storage`, else below `data_dir`."""
+        root = self.locate(self.storage or self.data_dir)
+        return root / "run_store" if isinstance(root, Path) else f"{root.rstrip('/')}/run_store"
+
+    @property
+    def assets_root(self) -> str:
+        """Where the values of assets are: below `storage`, else below `data_dir`."""
+        root = self.locate(self.storage or self.data_dir)
+        return f"{str(root).rstrip('/')}/assets"
 
     @property
     def task_paths(self) -> dict[str, Path]:

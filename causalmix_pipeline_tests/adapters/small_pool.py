@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.document_scores import document_id
+from causalmix_pipeline.adapters.document_ids import document_id
 from causalmix_pipeline.adapters.experiment import (
     DrawnStates,
     PoolTokenizer,
@@ -16,14 +17,18 @@ from causalmix_pipeline.adapters.experiment import (
     draw_states,
     keep_states,
     make_specs,
-    profile_documents,
     write_token_store,
 )
+from causalmix_pipeline.adapters.pool_door import ColumnMap
+from causalmix_pipeline.adapters.profiler import PoolSpec, profile_pool
 from causalmix_pipeline.adapters.run_store import RunStore
+from causalmix_pipeline.adapters.score_store import ScoreStore
+from causalmix_pipeline.adapters.scorers import model_free_plans
 from causalmix_pipeline.core.design import Design, DesignPlan, make_design
 from causalmix_pipeline.core.pool_state import StateRanges
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxySpec
+from causalmix_pipeline.core.work import InProcess
 
 DOMAINS = ("code", "math", "prose")
 TASKS = ("code", "math")
@@ -60,6 +65,23 @@ def make_documents(n: int = 30) -> pl.DataFrame:
     return pl.DataFrame(rows).sort("domain", "document_id")
 
 
+def write_pool(folder: Path, documents: pl.DataFrame, **options) -> PoolSpec:
+    """Write documents as one JSONL file a domain."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for (domain,), part in documents.group_by("domain", maintain_order=True):
+        rows = part.sort("row").select("text", "domain", "source").to_dicts()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{domain}.jsonl").write_text(lines)
+    return PoolSpec(folder, ColumnMap(domain="domain", source="source"), **options)
+
+
+def profiled(spec: PoolSpec, tokenizer: PoolTokenizer, root: Path) -> pl.DataFrame:
+    """The documents frame of a pool, all model-free metrics."""
+    plans = model_free_plans(tokenizer.scorer(root / "tokenizers"), vocd_budget_tokens=2_000)
+    store = ScoreStore(root / "scores")
+    return profile_pool(spec, plans, store=store, workers=InProcess()).documents
+
+
 @dataclass(frozen=True)
 class SmallExperiment:
     """Everything that a backend needs to train the runs of a small design."""
@@ -77,9 +99,10 @@ def build_experiment(
     """Take documents to the specs of proxy runs, with all that workers read in the store."""
     documents = make_documents()
     tokenizer = PoolTokenizer.fit(documents, vocab_size=config.vocab_size)
-    scored, encoded = profile_documents(documents, tokenizer)
+    spec = write_pool(root / "pool", documents)
+    scored = profiled(spec, tokenizer, root)
     store = RunStore(root)
-    tokens_hash = write_token_store(store, scored, encoded, tokenizer)
+    tokens_hash = write_token_store(store, spec, scored, tokenizer)
     plan = DesignPlan(n_runs=n_runs, panel_mixtures=panel_mixtures)
     design = make_design(plan, len(DOMAINS))
     states = draw_states(scored, DOMAINS, StateRanges(), n_states=plan.n_states, seed=0)

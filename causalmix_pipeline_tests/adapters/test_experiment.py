@@ -9,24 +9,28 @@ import numpy as np
 import polars as pl
 import pytest
 
-from causalmix_pipeline.adapters.document_scores import CrossFittedModel, PoolLanguageModel
 from causalmix_pipeline.adapters.experiment import (
     MAX_EVAL_WINDOWS,
+    DomainSampler,
     PoolTokenizer,
     build_evaluation,
     collect_runs,
     draw_states,
+    fit_normaliser,
     keep_states,
-    profile_documents,
+    measure_states,
     spec_table,
     write_token_store,
 )
 from causalmix_pipeline.adapters.local_backend import _Feed
+from causalmix_pipeline.adapters.profiler import PoolSpec
 from causalmix_pipeline.adapters.run_store import RunStore
+from causalmix_pipeline.adapters.token_scores import CrossFittedModel, PoolLanguageModel
 from causalmix_pipeline.adapters.tokenizer import encode_texts
+from causalmix_pipeline.core.covariates import METRICS, measure_covariates
 from causalmix_pipeline.core.design import DesignPlan, make_design
 from causalmix_pipeline.core.errors import EstimationError, PoolError
-from causalmix_pipeline.core.pool_state import COVARIATES, Membership, StateRanges
+from causalmix_pipeline.core.pool_state import Membership, StateRanges
 from causalmix_pipeline.core.proxy_runs import ProxyRecord
 from causalmix_pipeline_tests.adapters.small_pool import (
     DOMAINS,
@@ -34,16 +38,27 @@ from causalmix_pipeline_tests.adapters.small_pool import (
     build_experiment,
     draw_texts,
     make_documents,
+    profiled,
+    write_pool,
 )
 
 DOCUMENTS = make_documents()
 TOKENIZER = PoolTokenizer.fit(DOCUMENTS, vocab_size=300)
-SCORED, ENCODED = profile_documents(DOCUMENTS, TOKENIZER)
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> SmallExperiment:
     return build_experiment(tmp_path_factory.mktemp("experiment"), n_runs=12, panel_mixtures=2)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> PoolSpec:
+    return write_pool(tmp_path_factory.mktemp("pool"), DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def scored(experiment) -> pl.DataFrame:
+    return experiment.documents
 
 
 # Tokenizer
@@ -72,36 +87,62 @@ def test_other_counts_under_the_same_tokenizer_have_another_name():
 # Profile
 
 
-def test_documents_keep_their_order_beside_their_tokens():
-    assert SCORED["document_id"].to_list() == DOCUMENTS["document_id"].to_list()
-    assert SCORED["n_tokens"].to_list() == [len(ids) for ids in ENCODED]
-    np.testing.assert_array_equal(
-        ENCODED[5], encode_texts(TOKENIZER.tokenizer_json, [DOCUMENTS["text"][5]])[0]
-    )
+def test_every_document_is_scored_by_every_metric(scored):
+    assert scored["document_id"].to_list() == DOCUMENTS["document_id"].to_list()
+    whole = [metric for metric in METRICS if metric != "vocd_d"]
+    assert scored.select(pl.col(whole).is_finite().all()).row(0) == (True,) * len(whole)
+    encoded = encode_texts(TOKENIZER.tokenizer_json, DOCUMENTS["text"].to_list())
+    assert scored["n_tokens"].to_list() == [len(ids) for ids in encoded]
 
 
-def test_noisy_twins_are_scored_beside_their_originals():
-    scored, encoded = profile_documents(DOCUMENTS, TOKENIZER, noise_seed=1)
-    twins, originals = scored.filter("augmented"), scored.filter(~pl.col("augmented"))
+def test_noisy_twins_are_scored_beside_their_originals(scored, spec, tmp_path):
+    both = profiled(replace(spec, noise_seed=1), TOKENIZER, tmp_path)
+    twins, originals = both.filter("augmented"), both.filter(~pl.col("augmented"))
 
     assert twins.height == originals.height == DOCUMENTS.height
-    assert originals.select(SCORED.columns).equals(SCORED)
+    same = [name for name in scored.columns if name not in ("vocd_d", "scorers")]
+    assert originals.select(same).equals(scored.select(same))
     assert twins["unigram_cross_entropy"].min() > originals["unigram_cross_entropy"].max()
-    assert scored["n_tokens"].to_list() == [len(ids) for ids in encoded]
+
+
+def test_a_token_store_holds_each_document_with_its_own_tokens(spec, scored, tmp_path):
+    store = RunStore(tmp_path)
+    tokens = store.token_store(write_token_store(store, spec, scored, TOKENIZER))
+    ids = np.array(DOCUMENTS["document_id"].to_list(), dtype="S")
+    places, offsets = tokens.positions(ids), tokens.offsets()
+
+    for place, text in zip(places.tolist(), DOCUMENTS["text"], strict=True):
+        np.testing.assert_array_equal(
+            tokens.tokens()[offsets[place] : offsets[place + 1]],
+            encode_texts(TOKENIZER.tokenizer_json, [text])[0],
+        )
+
+
+def test_a_pool_that_lost_documents_since_its_profile_is_refused(scored, tmp_path):
+    fewer = write_pool(tmp_path / "pool", DOCUMENTS.head(DOCUMENTS.height - 2))
+
+    with pytest.raises(PoolError, match="but lacks 2 of 90 documents: profile it again"):
+        write_token_store(RunStore(tmp_path / "store"), fewer, scored, TOKENIZER)
 
 
 # States
 
 
-def test_more_states_leave_the_first_and_the_scale_as_they_were():
-    few = draw_states(SCORED, DOMAINS, StateRanges(), n_states=3, seed=0)
-    many = draw_states(SCORED, DOMAINS, StateRanges(), n_states=9, seed=0)
+def test_more_states_leave_the_first_as_they_were(scored):
+    few = draw_states(scored, DOMAINS, StateRanges(), n_states=3, seed=0)
+    many = draw_states(scored, DOMAINS, StateRanges(), n_states=9, seed=0)
 
     assert many.draws[:3] == few.draws
     np.testing.assert_array_equal(many.values_MDP[:3], few.values_MDP)
-    np.testing.assert_array_equal(many.normaliser.mean_DP, few.normaliser.mean_DP)
-    np.testing.assert_array_equal(many.normaliser.scale_DP, few.normaliser.scale_DP)
-    assert many.values_MDP.shape == (9, len(DOMAINS), len(COVARIATES))
+    assert many.values_MDP.shape == (9, len(DOMAINS), len(many.covariates))
+
+
+def test_the_normaliser_knows_its_covariates_and_scorers(scored):
+    fitted = fit_normaliser(scored, DOMAINS, StateRanges(), seed=0, also=["hdd_p90"])
+
+    assert {"log2_tokens", "mtld", "hdd_p90"} <= set(fitted.covariates)
+    assert set(fitted.scorers) == set(scored["scorers"][0].split(";"))
+    assert fitted.scale_DP.shape == (len(DOMAINS), len(fitted.covariates))
 
 
 def test_the_table_of_states_has_a_row_for_each_domain(experiment):
@@ -110,21 +151,47 @@ def test_the_table_of_states_has_a_row_for_each_domain(experiment):
     assert frame.height == 3 * len(DOMAINS)
     assert frame["domain"].to_list() == list(DOMAINS) * 3
     np.testing.assert_array_equal(
-        frame.select(COVARIATES).to_numpy().reshape(3, 3, -1), experiment.states.values_MDP
+        frame.select(experiment.states.covariates).to_numpy().reshape(3, 3, -1),
+        experiment.states.values_MDP,
     )
 
 
-def kept(store: RunStore, documents: pl.DataFrame, encoded: list, domains=DOMAINS):
-    """Name of the token store and hashes of two states of all their own documents."""
-    tokens_hash = write_token_store(store, documents, encoded, TOKENIZER)
-    drawn = draw_states(SCORED, domains, StateRanges(repetition=0.5), n_states=2, seed=0)
+def test_a_whole_pool_as_a_state_compresses_as_the_pool_does(spec, scored, tmp_path):
+    """The pool's sample is read from its files, the state's from its tokens."""
+    store = RunStore(tmp_path)
+    tokens = store.token_store(write_token_store(store, spec, scored, TOKENIZER))
+    sampler = DomainSampler(tokens, TOKENIZER.tokenizer_json, scored["document_id"].to_list())
+    everything = Membership(np.arange(scored.height), np.ones(scored.height, dtype=int))
+    names = ["sample_compress_ratio", "mtld", "duplicate_share"]
+
+    state_DP = measure_states(scored, DOMAINS, names, [everything], sampler)[0]
+
+    np.testing.assert_array_equal(state_DP, measure_covariates(scored, DOMAINS, names))
+
+
+def test_a_state_of_copies_compresses_better(spec, scored, tmp_path):
+    store = RunStore(tmp_path)
+    tokens = store.token_store(write_token_store(store, spec, scored, TOKENIZER))
+    sampler = DomainSampler(tokens, TOKENIZER.tokenizer_json, scored["document_id"].to_list())
+    rows = np.arange(scored.height)
+    states = [Membership(rows, np.full(len(rows), n)) for n in (1, 4)]
+
+    once, often = measure_states(scored, DOMAINS, ["sample_compress_ratio"], states, sampler)
+
+    assert (often < 0.5 * once).all()
+
+
+def kept(store: RunStore, spec: PoolSpec, first: pl.DataFrame, documents: pl.DataFrame):
+    """Name of the token store and hashes of two states of the first pool's documents."""
+    tokens_hash = write_token_store(store, spec, documents, TOKENIZER)
+    drawn = draw_states(first, DOMAINS, StateRanges(repetition=0.5), n_states=2, seed=0)
     place = {key: row for row, key in enumerate(documents.select("domain", "document_id").rows())}
-    keys = SCORED.select("domain", "document_id").rows()
+    keys = first.select("domain", "document_id").rows()
     moved = []
     for membership in drawn.memberships:
         rows = np.array([place[keys[row]] for row in membership.rows])
         moved.append(Membership(np.sort(rows), membership.copies[np.argsort(rows)]))
-    return tokens_hash, keep_states(store, documents, domains, moved)
+    return tokens_hash, keep_states(store, documents, DOMAINS, moved)
 
 
 def read_by(store: RunStore, experiment: SmallExperiment, tokens_hash: str, state: str):
@@ -133,43 +200,46 @@ def read_by(store: RunStore, experiment: SmallExperiment, tokens_hash: str, stat
     return _Feed(store, spec).batch(0)
 
 
-def test_a_state_holds_its_documents_by_domain_as_often_as_drawn(tmp_path):
+def test_a_state_holds_its_documents_by_domain_as_often_as_drawn(scored, tmp_path):
     store = RunStore(tmp_path)
-    drawn = draw_states(SCORED, DOMAINS, StateRanges(repetition=0.9), n_states=2, seed=0)
-    hashes = keep_states(store, SCORED, DOMAINS, drawn.memberships)
+    drawn = draw_states(scored, DOMAINS, StateRanges(repetition=0.9), n_states=2, seed=0)
+    hashes = keep_states(store, scored, DOMAINS, drawn.memberships)
     for name, membership in zip(hashes, drawn.memberships, strict=True):
         by_domain = store.state(name)
         for domain, ids in zip(DOMAINS, by_domain, strict=True):
             found = dict(zip(*np.unique(ids, return_counts=True), strict=True))
-            rows = SCORED[membership.rows.tolist()].with_columns(n=membership.copies)
+            rows = scored[membership.rows.tolist()].with_columns(n=membership.copies)
             wanted = rows.filter(domain=domain).select("document_id", "n").rows()
             assert {k.decode(): int(n) for k, n in found.items()} == dict(wanted)
 
 
-def test_a_pool_that_grew_gives_an_old_state_its_old_documents(experiment, tmp_path):
+def test_a_pool_that_grew_gives_an_old_state_its_old_documents(experiment, spec, tmp_path):
     """Their positions move when documents come before them; the state's name doesn't change."""
     store = RunStore(tmp_path)
     store.put_eval(
         experiment.specs[0].eval_hash, experiment.store.evaluation(experiment.specs[0].eval_hash)
     )
-    tokens_hash, states = kept(store, SCORED, ENCODED)
+    scored = experiment.documents
+    tokens_hash, states = kept(store, spec, scored, scored)
     before = read_by(store, experiment, tokens_hash, states[0])
     grown = pl.concat([DOCUMENTS, make_documents(40)]).unique(["domain", "document_id"])
-    scored, encoded = profile_documents(grown.sort("domain", "document_id"), TOKENIZER)
+    grown_spec = write_pool(tmp_path / "grown", grown)
+    larger = profiled(grown_spec, TOKENIZER, tmp_path)
 
-    grown_hash, grown_states = kept(store, scored, encoded)
+    grown_hash, grown_states = kept(store, grown_spec, scored, larger)
 
-    assert scored.height > SCORED.height
+    assert larger.height > scored.height
     assert grown_states == states
     assert grown_hash != tokens_hash
     np.testing.assert_array_equal(read_by(store, experiment, grown_hash, states[0]), before)
 
 
-def test_the_order_of_the_frame_changes_neither_name_nor_reading(experiment, tmp_path):
-    order = np.random.default_rng(0).permutation(SCORED.height).tolist()
+def test_the_order_of_the_frame_changes_neither_name_nor_reading(experiment, spec, tmp_path):
+    scored = experiment.documents
+    order = np.random.default_rng(0).permutation(scored.height).tolist()
     one, other = RunStore(tmp_path / "one"), RunStore(tmp_path / "other")
-    tokens_hash, states = kept(one, SCORED, ENCODED)
-    shuffled_hash, shuffled = kept(other, SCORED[order], [ENCODED[i] for i in order])
+    tokens_hash, states = kept(one, spec, scored, scored)
+    shuffled_hash, shuffled = kept(other, spec, scored, scored[order])
 
     assert shuffled == states
     np.testing.assert_array_equal(
@@ -178,12 +248,12 @@ def test_the_order_of_the_frame_changes_neither_name_nor_reading(experiment, tmp
     )
 
 
-def test_domains_in_another_order_are_other_states(tmp_path):
+def test_domains_in_another_order_are_other_states(scored, tmp_path):
     """A mixture names its domains by their order alone."""
     store = RunStore(tmp_path)
-    membership = draw_states(SCORED, DOMAINS, StateRanges(), n_states=1, seed=0).memberships
+    membership = draw_states(scored, DOMAINS, StateRanges(), n_states=1, seed=0).memberships
     forth, back = (
-        keep_states(store, SCORED, order, membership) for order in (DOMAINS, DOMAINS[::-1])
+        keep_states(store, scored, order, membership) for order in (DOMAINS, DOMAINS[::-1])
     )
 
     assert forth != back
@@ -280,11 +350,15 @@ def records_of(experiment: SmallExperiment, diverged: tuple[int, ...] = ()) -> l
     ]
 
 
+def at_of(experiment: SmallExperiment) -> list[int]:
+    return [experiment.states.covariates.index(n) for n in ("log2_tokens", "compress_ratio")]
+
+
 def collect(experiment: SmallExperiment, records: list[ProxyRecord]):
     return collect_runs(
         records,
         experiment.design,
-        experiment.states.values_MDP,
+        experiment.states.values_MDP[:, :, at_of(experiment)],
         domains=DOMAINS,
         covariates=("log2_tokens", "compress_ratio"),
         tasks=("math", "code"),
@@ -296,7 +370,7 @@ def test_runs_meet_the_covariates_of_their_states_and_larger_is_better(experimen
 
     np.testing.assert_array_equal(runs.outcome_NT[:, 1], -np.arange(16.0))
     np.testing.assert_array_equal(runs.outcome_NT[:, 0], -np.arange(16.0) / 2)
-    at = [COVARIATES.index(name) for name in ("log2_tokens", "compress_ratio")]
+    at = at_of(experiment)
     for i, state in enumerate(experiment.design.state_N):
         np.testing.assert_array_equal(runs.state_NDP[i], experiment.states.values_MDP[state][:, at])
     np.testing.assert_array_equal(runs.mixture_ND, experiment.design.mixture_ND)
@@ -318,12 +392,12 @@ def test_runs_that_all_diverged_are_refused(experiment):
         collect(experiment, records_of(experiment, diverged=tuple(range(16))))
 
 
-def test_a_design_of_a_demos_size_is_drawn_and_kept_whole(tmp_path):
+def test_a_design_of_a_demos_size_is_drawn_and_kept_whole(scored, tmp_path):
     """Five hundred runs over 128 states: names stay distinct and the shares sum to 1."""
     plan = DesignPlan(n_runs=512)
     design = make_design(plan, len(DOMAINS))
-    drawn = draw_states(SCORED, DOMAINS, StateRanges(), n_states=plan.n_states, seed=0)
-    hashes = keep_states(RunStore(tmp_path), SCORED, DOMAINS, drawn.memberships)
+    drawn = draw_states(scored, DOMAINS, StateRanges(), n_states=plan.n_states, seed=0)
+    hashes = keep_states(RunStore(tmp_path), scored, DOMAINS, drawn.memberships)
 
     assert len(set(hashes)) == plan.n_states == 128
     assert design.state_N.max() == 127

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,12 @@ from causalmix_pipeline_tests.adapters.small_pool import (
     SmallExperiment,
     build_experiment,
 )
+from causalmix_pipeline_tests.adapters.test_local_workers import (
+    children_of,
+    is_alive,
+    needs_proc,
+    wait_for,
+)
 
 #: Runs that no test waits for.
 ENDLESS = replace(CONFIG, steps=200_000)
@@ -43,7 +51,7 @@ ENDLESS = replace(CONFIG, steps=200_000)
 def trained(tmp_path_factory) -> SmallExperiment:
     """Four runs of one state, trained as one stack in this process."""
     experiment = build_experiment(tmp_path_factory.mktemp("trained"))
-    train_stack_of_specs(experiment.store.root, experiment.specs, 4, "cpu")
+    train_stack_of_specs(experiment.store, experiment.specs, 4, "cpu")
     return experiment
 
 
@@ -58,15 +66,6 @@ def bits(record: ProxyRecord | None) -> dict:
     """A record but for the time that it took."""
     assert record is not None
     return replace(record, cpu_seconds=0.0).__dict__
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until the condition holds; fails after too many."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "waited too long"
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 # Results
@@ -106,7 +105,7 @@ def test_a_run_has_the_same_bits_whatever_it_is_stacked_with(trained, tmp_path):
     first, second, third, fourth = trained.specs
 
     for stack in ([third], [fourth, first, second]):
-        train_stack_of_specs(store.root, stack, 4, "cpu")
+        train_stack_of_specs(store, stack, 4, "cpu")
 
     for spec in trained.specs:
         assert bits(store.get(spec.key)) == bits(trained.store.get(spec.key))
@@ -206,7 +205,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(trained):
     small = [replace(spec, config=replace(CONFIG, vocab_size=64)) for spec in trained.specs[:1]]
 
     with pytest.raises(ProxyError, match=r"must hold tokens in \[0, 64\)"):
-        train_stack_of_specs(trained.store.root, small, 1, "cpu")
+        train_stack_of_specs(trained.store, small, 1, "cpu")
     assert trained.store.missing(small) == small
 
 
@@ -216,26 +215,91 @@ def test_a_damaged_record_stops_the_study_by_its_name(trained, tmp_path):
     write_atomically(store.path_of(trained.specs[0].key), b"half a rec")
 
     with pytest.raises(ProxyError, match=f"record of proxy run {trained.specs[0].key} is damaged"):
-        train_stack_of_specs(store.root, trained.specs, 4, "cpu")
+        train_stack_of_specs(store, trained.specs, 4, "cpu")
 
 
-def test_a_killed_worker_is_reported_and_finished_runs_are_kept(trained, tmp_path):
+def kill_children(but: list[int]) -> None:
+    """Kill the workers of this process."""
+    for worker in set(children_of(os.getpid())) - set(but):
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+@needs_proc
+def test_killed_workers_cost_no_run_and_no_bit(trained, tmp_path):
+    """Both are killed while two runs are still to be trained."""
     store = untrained_copy(trained, tmp_path / "other")
-    endless = [replace(spec, config=ENDLESS) for spec in trained.specs]
+    before = children_of(os.getpid())
     done: list[ProxyRecord] = []
 
-    def kill_the_rest(records: list[ProxyRecord]) -> None:
+    def kill_once(records: Sequence[ProxyRecord]) -> None:
+        if not done:
+            kill_children(before)
         done.extend(records)
-        for worker in multiprocessing.active_children():
-            assert worker.pid is not None
-            os.kill(worker.pid, signal.SIGKILL)
 
-    with pytest.raises(ProxyError, match=r"a proxy worker died .*Finished runs are kept"):
-        LocalBackend(store, n_workers=2).train([*trained.specs, *endless], kill_the_rest)
+    LocalBackend(store, n_workers=2, models_per_stack=1).train(trained.specs, kill_once)
+
+    assert sorted(r.key for r in done) == sorted(spec.key for spec in trained.specs)
+    for spec in trained.specs:
+        assert bits(store.get(spec.key)) == bits(trained.store.get(spec.key))
+
+
+@needs_proc
+def test_workers_killed_again_and_again_are_reported_and_finished_runs_are_kept(trained, tmp_path):
+    store = untrained_copy(trained, tmp_path / "other")
+    endless = [replace(spec, config=ENDLESS) for spec in trained.specs]
+    before = children_of(os.getpid())
+    done: list[ProxyRecord] = []
+    ended = threading.Event()
+
+    def kill_on() -> None:
+        while not ended.wait(0.2):
+            kill_children(before)
+
+    killer = threading.Thread(target=kill_on)
+
+    def start_to_kill(records: Sequence[ProxyRecord]) -> None:
+        done.extend(records)
+        killer.start()
+
+    try:
+        with pytest.raises(
+            ProxyError, match=r"proxy runs stopped: task 1 of 2 .*Finished runs are kept"
+        ):
+            LocalBackend(store, 2).train([*trained.specs, *endless], start_to_kill)
+    finally:
+        ended.set()
+        killer.join()
 
     assert sorted(r.key for r in done) == sorted(spec.key for spec in trained.specs)
     assert store.missing([*trained.specs, *endless]) == endless
-    assert multiprocessing.active_children() == []
+    assert children_of(os.getpid()) == before
+
+
+@dataclass
+class HereWorkers:
+    """A work backend that does all itself and notes what it was asked for."""
+
+    tasks: list = field(default_factory=list)
+
+    def run(self, function, tasks, on_done) -> None:
+        for index, task in enumerate(tasks):
+            self.tasks.append(task)
+            on_done(index, pickle.loads(pickle.dumps(function))(task))
+
+
+def test_runs_are_trained_by_the_workers_that_are_given(trained, tmp_path, monkeypatch):
+    """A store at a relative path is found by workers that started in another folder."""
+    store = untrained_copy(trained, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    workers = HereWorkers()
+    backend = LocalBackend(RunStore(Path("other")), models_per_stack=3, workers=workers)
+
+    backend.train(trained.specs, lambda _: monkeypatch.chdir("/"))
+
+    assert [len(stack) for stack in workers.tasks] == [3, 1]
+    for spec in trained.specs:
+        assert bits(store.get(spec.key)) == bits(trained.store.get(spec.key))
 
 
 TRAIN = """
@@ -256,7 +320,7 @@ if __name__ == "__main__":
     if n_workers:
         LocalBackend(RunStore(root), n_workers, 1).train(specs, print)
     else:
-        records = train_stack_of_specs(root, specs, 1, "cpu")
+        records = train_stack_of_specs(RunStore(root), specs, 1, "cpu")
         print(json.dumps([asdict(record) for record in records]))
 """
 
@@ -288,30 +352,7 @@ def test_two_processes_that_want_one_run_train_it_once(trained, tmp_path):
     assert printed[0][0]["cpu_seconds"] > 0
 
 
-def children_of(parent: int) -> list[int]:
-    """Process ids whose parent is this one and that aren't ended."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            state, parent_of_it = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-        except OSError:
-            continue
-        if int(parent_of_it) == parent and state != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie doesn't."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process ids from /proc")
+@needs_proc
 def test_workers_end_within_two_seconds_of_their_parent(trained, tmp_path):
     """A killed study must leave no orphan that trains on and holds the locks."""
     store = untrained_copy(trained, tmp_path / "other")

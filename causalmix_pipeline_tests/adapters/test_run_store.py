@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from causalmix_pipeline.adapters.run_store import (
-    EvalWindows,
-    RunStore,
-    bits_per_byte,
-    write_atomically,
-)
+from causalmix_pipeline.adapters.blobs import ObjectBlobs, write_atomically
+from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore, bits_per_byte
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
+from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
 
 SPEC = ProxySpec("s" * 64, "t" * 32, "e" * 32, (0.25, 0.75), 1, ProxyConfig(), "engine")
 
@@ -77,6 +76,7 @@ def test_missing_specs_come_once_and_in_order(tmp_path):
     RunStore(tmp_path).put(make_record(second))
 
     assert RunStore(tmp_path).missing([first, second, third, first]) == [first, third]
+    assert RunStore(tmp_path).n_records() == 1
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,8 @@ def test_leftovers_of_a_killed_writer_do_not_stop_the_next(tmp_path):
 
 HOLDER = """
 import sys, time
-from pathlib import Path
 from causalmix_pipeline.adapters.run_store import RunStore
-with RunStore(Path(sys.argv[1])).locked(sys.argv[2].split(",")):
+with RunStore(sys.argv[1]).locked(sys.argv[2].split(",")):
     print("held", flush=True)
     time.sleep(float(sys.argv[3]))
 """
@@ -305,3 +304,224 @@ def test_a_record_is_plain_json_that_a_person_can_read(tmp_path):
 
     assert values["spec"]["mixture"] == [0.25, 0.75]
     assert values["spec"]["config"]["steps"] == 1000
+
+
+# Object storage
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """URL of an object store."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(server, monkeypatch) -> Iterator[str]:
+    """URL of a folder in an empty bucket."""
+    from s3fs import S3FileSystem
+
+    for name, value in s3_environment(server).items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem().mkdir("bucket")
+    yield "s3://bucket/team/runs"
+    S3FileSystem().rm("bucket", recursive=True)
+
+
+@pytest.fixture
+def remote(bucket, tmp_path) -> RunStore:
+    """An empty store in object storage, with its cache in `tmp_path`."""
+    return RunStore(bucket, cache=tmp_path)
+
+
+def object_of(store: RunStore) -> tuple[ObjectBlobs, str]:
+    """Where the record of SPEC is kept."""
+    assert isinstance(store.root, str)
+    return ObjectBlobs(store.root), f"runs/{SPEC.key[:2]}/{SPEC.key}.json"
+
+
+def test_a_record_in_object_storage_is_read_as_it_was_kept(remote):
+    assert remote.get(SPEC.key) is None
+    assert remote.n_records() == 0
+
+    remote.put(make_record())
+
+    assert remote.get(SPEC.key) == make_record()
+    assert remote.n_records() == 1
+    assert remote.path_of(SPEC.key) == f"{remote.root}/runs/{SPEC.key[:2]}/{SPEC.key}.json"
+
+
+def test_a_record_in_object_storage_is_the_file_that_a_disk_would_hold(remote, tmp_path):
+    """A store can be copied from one to the other."""
+    local = RunStore(tmp_path / "local")
+    for store in (local, remote):
+        store.put(make_record())
+
+    blobs, name = object_of(remote)
+    assert blobs.read(name) == (tmp_path / "local" / name).read_bytes()
+
+
+def test_a_damaged_record_in_object_storage_is_named_with_its_url(remote):
+    remote.put(make_record())
+    blobs, name = object_of(remote)
+    blobs.write(name, blobs.read(name).replace(b'"code": 1.5', b'"code": 1.4'))
+
+    with pytest.raises(
+        ProxyError, match=r"damaged .*checksum.*Delete s3://bucket/team/runs/.*json"
+    ):
+        remote.get(SPEC.key)
+
+
+def test_the_first_record_in_object_storage_is_kept(remote):
+    """Two machines may train one run, and what was read once must not change."""
+    remote.put(make_record())
+    remote.put(replace(make_record(), cpu_seconds=9.0))
+
+    assert remote.get(SPEC.key) == make_record()
+
+
+def test_missing_specs_are_those_without_an_object(remote):
+    first, second, third = (replace(SPEC, data_seed=seed) for seed in (9, 3, 5))
+    remote.put(make_record(second))
+
+    assert remote.missing([first, second, third, first]) == [first, third]
+
+
+def test_states_and_evaluations_in_object_storage_come_back(remote):
+    evaluation = EvalWindows({"a": np.arange(6).reshape(2, 3)}, {"a": 12}, {"a": 1.25})
+    for word in ("x", "y"):  # kept under a hash: not written again
+        remote.put_state("h", {"a": np.array([word, "z"], "S"), "b": np.array([], "S")})
+        remote.put_eval("e", evaluation)
+    back = remote.evaluation("e")
+
+    assert [part.tolist() for part in remote.state("h")] == [[b"x", b"z"], []]
+    assert (back.n_bytes, back.unigram_nats) == (evaluation.n_bytes, evaluation.unigram_nats)
+    np.testing.assert_array_equal(back.windows["a"], evaluation.windows["a"])
+
+
+ENCODED = [np.array([1, 2, 3], np.uint32), np.array([], np.uint32), np.array([70_000], np.uint32)]
+
+
+def assert_tokens_are_whole(store: RunStore) -> None:
+    tokens = store.token_store("t")
+    assert tokens.document_ids() == ["a", "b", "c"]
+    assert tokens.offsets().tolist() == [0, 3, 3, 4]
+    assert tokens.tokens().tolist() == [1, 2, 3, 70_000]
+    assert isinstance(tokens.tokens(), np.memmap)
+
+
+def test_tokens_on_a_disk_come_back(tmp_path):
+    store = RunStore(tmp_path)
+    store.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+
+    assert_tokens_are_whole(store)
+    assert store.token_store("t").folder == tmp_path / "tokens" / "t"
+
+
+def test_tokens_come_back_from_object_storage_to_a_machine_without_a_cache(remote, tmp_path):
+    remote.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+    for cache in (tmp_path, tmp_path, tmp_path / "another machine"):
+        assert_tokens_are_whole(RunStore(remote.root, cache))
+
+
+def test_tokens_are_fetched_once(remote, tmp_path):
+    remote.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+    assert_tokens_are_whole(remote)
+    ObjectBlobs(remote.root).write("tokens/t/tokens.bin", b"")
+
+    assert_tokens_are_whole(remote)
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "offsets.npy", "ids.txt", "manifest.json"])
+def test_damaged_tokens_are_refused_and_not_kept(remote, tmp_path, file):
+    remote.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+    blobs, name = ObjectBlobs(remote.root), f"tokens/t/{file}"
+    raw = blobs.read(name)
+    blobs.write(name, raw[:-1])
+
+    with pytest.raises(ProxyError, match=r"s3://.*damaged. Delete s3://bucket/team/runs/tokens/t "):
+        remote.token_store("t")
+
+    blobs.write(name, raw)
+    assert_tokens_are_whole(remote)
+
+
+def test_an_unfinished_token_store_is_written_again(remote):
+    """The manifest comes last: a writer that died before it left nothing that counts."""
+    blobs = ObjectBlobs(remote.root)
+    blobs.write("tokens/t/tokens.bin", b"half")
+    with pytest.raises(FileNotFoundError):
+        remote.token_store("t")
+    remote.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+
+    assert_tokens_are_whole(remote)
+
+
+def test_what_a_killed_fetch_left_in_the_cache_does_not_stop_the_next(remote, tmp_path):
+    remote.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+    left = remote.token_store("t").folder
+    left.rename(left.with_name(".t.fetching"))
+    (left.with_name(".t.fetching") / "ids.txt").write_text("half")
+    (left.with_name(".t.fetching") / ".tokens.bin.1.writing").write_text("half")
+
+    assert_tokens_are_whole(remote)
+    assert [path.name for path in left.parent.iterdir()] == ["t"]
+    assert {path.name for path in left.iterdir()} == {"tokens.bin", "offsets.npy", "ids.txt"}
+
+
+def test_workers_that_want_the_same_tokens_share_one_fetch(remote, tmp_path):
+    """Each of three processes takes a whole store, whichever fetched it."""
+    remote.put_tokens("t", [(["a", "b", "c"], ENCODED)], 80_000)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from causalmix_pipeline.adapters.run_store import RunStore\n"
+        "tokens = RunStore(sys.argv[1], Path(sys.argv[2])).token_store('t')\n"
+        "print(tokens.tokens().tolist(), tokens.document_ids())"
+    )
+    workers = [run_python(code, remote.root, tmp_path) for _ in range(3)]
+
+    assert {worker.communicate() for worker in workers} == {
+        ("[1, 2, 3, 70000] ['a', 'b', 'c']\n", "")
+    }
+
+
+def test_a_lock_of_a_store_in_object_storage_guards_this_machine(tmp_path, monkeypatch):
+    """It needs no server: the lock is in the cache below the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with hold("s3://bucket/runs", "a", 600) as holder:
+        started = time.monotonic()
+        with RunStore("s3://bucket/runs").locked(["b"]), RunStore("s3://other").locked(["a"]):
+            assert time.monotonic() - started < 1
+        holder.send_signal(signal.SIGALRM)
+        with RunStore("s3://bucket/runs").locked(["a"]):
+            assert holder.wait() != 0
+
+    assert next(tmp_path.rglob("a.lock")).is_relative_to(tmp_path / ".cache" / "causalmix")
+
+
+def test_a_store_travels_to_a_worker_and_is_made_again_from_its_root(tmp_path):
+    for store in (RunStore(tmp_path), RunStore("s3://bucket/runs/", cache=tmp_path)):
+        assert pickle.loads(pickle.dumps(store)) == store
+        assert RunStore(store.root).root == store.root
+    assert RunStore(str(tmp_path)).root == tmp_path
+    assert RunStore("s3://bucket/runs/").root == "s3://bucket/runs"
+
+
+def test_a_run_trained_from_object_storage_is_that_trained_from_a_disk(remote, tmp_path):
+    """By worker processes, which take the tokens from the cache; equal but for the seconds."""
+    from causalmix_pipeline.adapters.local_backend import LocalBackend
+
+    config = ProxyConfig(hidden=32, vocab_size=300, sequence_length=32, batch_size=4, steps=3)
+    spec = replace(SPEC, state_hash="5" * 64, tokens_hash="t", eval_hash="e", config=config)
+    rng = np.random.default_rng(0)
+    encoded = [rng.integers(1, 300, 50).astype(np.uint32) for _ in range(4)]
+    windows = {"math": rng.integers(1, 300, (4, 33))}
+    records = []
+    for store in (RunStore(tmp_path / "disk"), remote):
+        store.put_tokens("t", [(["a", "b", "c", "d"], encoded)], 10)
+        store.put_state("5" * 64, {"x": np.array(["a", "b"], "S"), "y": np.array(["c", "d"], "S")})
+        store.put_eval("e", EvalWindows(windows, {"math": 300}, {"math": 5.0}))
+        LocalBackend(store, n_workers=1, models_per_stack=1).train([spec], records.extend)
+        assert store.get(spec.key) == records[-1]
+
+    assert replace(records[0], cpu_seconds=0) == replace(records[1], cpu_seconds=0)

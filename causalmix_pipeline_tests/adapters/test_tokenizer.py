@@ -61,6 +61,72 @@ def test_a_document_that_spells_the_end_of_text_is_only_text():
     assert decode(ids) == f"a{END_OF_TEXT}b"
 
 
+HARD_TEXTS = [
+    "it's we'll I'd",
+    "日本語 テキスト",
+    "a  b\n\n\tc",
+    "12 345 ½²",
+    "x" + " " * 64 + "the",
+]
+HARD_TEXTS += ["\x1c" * 64 + " the", "été naïve", "the" + "\n" * 64]
+HARD_TOKENIZER = train_tokenizer([*TEXTS, *HARD_TEXTS * 30], vocab_size=420)
+
+
+def encode_slowly(tokenizer_json: str, text: str) -> list[int]:
+    """Token ids by the library that trained the tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text).ids
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=200)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
+    | st.lists(st.sampled_from([*"ab'stldve 01²日é\n\t\x1c\x85\u00a0.!", "the", "cat", "   "])).map(
+        "".join
+    )
+)
+def test_ids_are_those_of_the_library_that_trained_the_tokenizer(text):
+    for tokenizer_json in (TOKENIZER, HARD_TOKENIZER):
+        ids = encode_texts(tokenizer_json, [text])[0]
+        assert ids.tolist() == encode_slowly(tokenizer_json, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 12_000,
+        "a" + " " * 12_000 + "b" + "\n" * 11_000 + "cat",
+        "a" + " " * 9_999 + "b" + " " * 10_000 + "c" + " " * 10_001 + "d",
+        " the" + "\n" * 15_000,
+        "x" + " " * 12_001 + "the cat" + "\n" * 12_001 + " the",
+        "a" + "\x1c" * 11_000 + "b",  # a blank to str.isspace, none to the words
+    ],
+)
+def test_long_white_space_is_encoded_as_the_library_does(text):
+    ids = encode_texts(HARD_TOKENIZER, [text])[0]
+
+    assert ids.tolist() == encode_slowly(HARD_TOKENIZER, text)
+    assert len(ids) < len(text) / 2  # so that a cut elsewhere would show
+
+
+def test_a_million_blanks_are_encoded():
+    """The pattern alone gives up on them."""
+    ids = encode_texts(TOKENIZER, ["a" + " " * 2_000_000 + "b"])[0]
+
+    assert decode(ids) == "a" + " " * 2_000_000 + "b"
+
+
+def test_a_tokenizer_of_another_kind_is_refused():
+    rules = json.loads(TOKENIZER)
+    rules["pre_tokenizer"] = {"type": "Whitespace"}
+
+    with pytest.raises(PoolError, match=r"must be a byte-level BPE .* got model BPE, words"):
+        encode_texts(json.dumps(rules), ["a"])
+
+
 def test_documents_are_encoded_alike_alone_and_among_thousands():
     texts = [f"{i} {TEXTS[i % 60]}" for i in range(1100)]
     together = encode_texts(TOKENIZER, texts)
@@ -91,9 +157,10 @@ def test_a_vocabulary_smaller_than_the_bytes_is_refused():
 # Token store
 
 
-def write_store(folder, encoded=None) -> TokenStore:
+def write_store(folder, encoded=None, vocab_size=300) -> TokenStore:
     encoded = encode_texts(TOKENIZER, TEXTS) if encoded is None else encoded
-    return TokenStore.write(folder, [f"doc{i:03d}" for i in range(len(encoded))], encoded)
+    ids = [f"doc{i:03d}" for i in range(len(encoded))]
+    return TokenStore.write(folder, [(ids, encoded)], vocab_size)
 
 
 def test_the_store_gives_back_each_document(tmp_path):
@@ -109,7 +176,7 @@ def test_the_store_gives_back_each_document(tmp_path):
 
 def test_ids_beyond_two_bytes_are_kept_whole(tmp_path):
     encoded = [np.array([1, 70_000], np.uint32), np.array([2], np.uint32)]
-    tokens = write_store(tmp_path / "tokens", encoded).tokens()
+    tokens = write_store(tmp_path / "tokens", encoded, vocab_size=100_000).tokens()
 
     assert tokens.dtype == np.uint32
     assert tokens.tolist() == [1, 70_000, 2]
@@ -133,14 +200,18 @@ def test_a_half_written_store_is_not_taken_for_one(tmp_path):
 
 
 def test_documents_are_found_by_id_in_any_order_and_repeated(tmp_path):
-    store = TokenStore.write(tmp_path / "t", ["zz", "aa", "mm"], [np.array([i]) for i in (1, 2, 3)])
+    store = TokenStore.write(
+        tmp_path / "t",
+        [(["zz", "aa"], [np.array([1]), np.array([2])]), (["mm"], [np.array([3])])],
+        10,
+    )
 
     assert store.positions(np.array(["mm", "zz", "mm", "aa"], "S")).tolist() == [2, 0, 2, 1]
 
 
 @pytest.mark.parametrize("absent", ["bb", "zzz", "a"])
 def test_a_document_that_the_store_lacks_is_named(tmp_path, absent):
-    store = TokenStore.write(tmp_path / "t", ["zz", "aa"], [np.array([1]), np.array([2])])
+    store = TokenStore.write(tmp_path / "t", [(["zz", "aa"], [np.array([1]), np.array([2])])], 10)
 
     with pytest.raises(PoolError, match=f"lacks document {absent} of a pool state"):
         store.positions(np.array(["aa", absent], "S"))

@@ -14,7 +14,6 @@ from causalmix_pipeline.assets.design import (
 )
 from causalmix_pipeline.core.design import Design
 from causalmix_pipeline.core.errors import ConfigError, PoolError
-from causalmix_pipeline.core.pool_state import COVARIATES
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline_tests.conftest import write_project
 
@@ -86,7 +85,7 @@ def test_the_reach_of_shares_and_covariates_is_told():
     design = Design(
         np.zeros(3), np.array([[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]]), np.zeros(3), np.zeros(3)
     )
-    states = pl.DataFrame({name: [1.0, 2.0, 4.0] for name in COVARIATES})
+    states = pl.DataFrame({"state_id": [0, 1, 2], "mtld": [1.0, 2.0, 4.0], "hes": [3.0, 5.0, 7.0]})
 
     assert share_reach(design, ["a", "b"])[0] == {
         "domain": "a",
@@ -94,5 +93,5 @@ def test_the_reach_of_shares_and_covariates_is_told():
         "median": 0.5,
         "largest": 0.9,
     }
-    assert [row["covariate"] for row in covariate_reach(states)] == list(COVARIATES)
+    assert [row["covariate"] for row in covariate_reach(states)] == ["mtld", "hes"]
     assert covariate_reach(states)[0]["largest"] == 4.0

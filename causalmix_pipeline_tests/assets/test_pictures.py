@@ -1,9 +1,22 @@
 """Tables that the UI shows inline: short, and unbroken by names from data."""
 
+import re
+from xml.etree import ElementTree
+
+import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from causalmix_pipeline.assets.pictures import INLINE_LIMIT, cell, markdown_table, share_bars
+from causalmix_pipeline.assets.pictures import (
+    INLINE_LIMIT,
+    cell,
+    markdown_table,
+    moves_plot,
+    share_bars,
+)
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @given(st.lists(st.fixed_dictionaries({"a": st.text(), "b": st.floats() | st.none()}), max_size=60))
@@ -37,3 +50,69 @@ def test_bars_are_as_long_as_the_shares():
     lines = share_bars({"math": 0.75, "code": 0.25}).md_str.splitlines()
 
     assert [line.count("█") for line in lines[2:]] == [15, 5]
+
+
+def moves(*rows: tuple[str, str, float | None, float | None]) -> pl.DataFrame:
+    return pl.DataFrame(
+        rows,
+        schema={
+            "domain": pl.String,
+            "covariate": pl.String,
+            "effect": pl.Float64,
+            "effect_se": pl.Float64,
+        },
+        orient="row",
+    )
+
+
+numbers = st.none() | st.floats(-1e6, 1e6) | st.just(float("inf"))
+
+
+@given(st.lists(st.tuples(st.text(), st.text(), numbers, st.none() | st.floats(0, 1e6))))
+def test_a_plot_keeps_bars_intervals_and_texts_inside_whatever_the_names(rows):
+    plot = ElementTree.fromstring(moves_plot(moves(*rows)))
+
+    width, height = float(plot.get("width", 0)), float(plot.get("height", 0))
+    for line in plot.iter(f"{SVG}line"):
+        assert all(0 <= float(line.get(side, -1)) <= width for side in ("x1", "x2"))
+    for bar in plot.findall(f"{SVG}rect[@class='bar']"):
+        assert 0 <= float(bar.get("x", -1)) <= width - float(bar.get("width", width))
+    for text in plot.iter(f"{SVG}text"):
+        at, size = float(text.get("x", -1)), 7.2 * len(text.text or "")
+        start = at - {"start": 0, "middle": size / 2, "end": size}[text.get("text-anchor", "")]
+        assert start >= 0 and start + size <= width
+        assert float(text.get("y", height)) < height
+
+
+def test_bars_and_intervals_are_as_long_as_the_moves():
+    plot = ElementTree.fromstring(
+        moves_plot(moves(("code", "hes", -4.0, 0.5), ("math", "mtld", 2.0, 0.5)))
+    )
+
+    bars = [float(bar.get("width", 0)) for bar in plot.findall(f"{SVG}rect[@class='bar']")]
+    errors = [
+        float(line.get("x2", 0)) - float(line.get("x1", 0))
+        for line in plot.findall(f"{SVG}line[@class='error']")
+    ]
+    assert bars[0] / bars[1] == pytest.approx(2, rel=0.01)
+    assert errors[0] == pytest.approx(bars[0] * 2 * 1.645 * 0.5 / 4, rel=0.01)
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+def test_bars_beyond_the_limit_are_counted_and_unmoved_covariates_not_drawn():
+    rows = [("math", f"m{i}", 20.0 - i, 0.1) for i in range(15)]
+
+    plot = moves_plot(moves(*rows, ("math", "still", 0.0, 0.0)))
+
+    assert plot.count('class="bar"') == 12
+    assert "4 more not shown" in plot
+    assert "still" not in plot
+    assert "No covariate moved" in moves_plot(moves(("math", "still", 0.0, 0.0)))
+
+
+def test_a_plot_has_a_background_and_colours_for_light_and_dark():
+    plot = moves_plot(moves(("math", "mtld", 1.0, 0.1)))
+
+    assert "prefers-color-scheme:dark" in plot
+    assert '<rect class="back" width="100%" height="100%"/>' in plot
+    assert set(re.findall(r"var\((--\w+)\)", plot)) == set(re.findall(r"(--\w+):#", plot))

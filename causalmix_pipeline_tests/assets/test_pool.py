@@ -6,12 +6,13 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from causalmix_pipeline.assets import pool
+from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
+from causalmix_pipeline.assets import design, pool
 from causalmix_pipeline.automation.staleness import materialise
+from causalmix_pipeline.core.covariates import DOMAIN_COVARIATES, METRICS
 from causalmix_pipeline.core.errors import PoolError
-from causalmix_pipeline.core.pool_state import COVARIATES
 from causalmix_pipeline.definitions import build_definitions
-from causalmix_pipeline.resources.frame_store import FrameStore, read_value
+from causalmix_pipeline.resources.frame_store import FrameStore
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings_file import load_settings
@@ -22,8 +23,10 @@ ASSETS = [
     pool.live_pool,
     pool.tokenizer,
     pool.experiment_documents,
+    design.normaliser,
     pool.live_documents,
     pool.live_covariates,
+    pool.live_changes,
 ]
 
 
@@ -69,7 +72,7 @@ def test_documents_and_covariates_tell_what_the_pool_holds(profile):
     assert number(made["live_documents"], "documents") == documents.height == 3 * 2 * 24
     assert "text" not in documents.columns
     assert covariates["domain"].to_list() == ["code", "math", "talk"]
-    assert set(COVARIATES) <= set(covariates.columns)
+    assert {*METRICS, *DOMAIN_COVARIATES} <= set(covariates.columns)
     assert covariates["natural_share"].sum() == pytest.approx(1.0)
     assert covariates["tokens"].sum() == documents["n_tokens"].sum()
     assert made["live_documents"].metadata["dagster/row_count"].value == documents.height
@@ -83,6 +86,31 @@ def test_a_document_is_scored_once_whatever_pool_it_is_in(profile):
 
     assert number(made["live_documents"], "documents scored now") == 3
     assert number(made["live_documents"], "documents") == 3 * 2 * 24 + 3
+
+
+def test_what_changed_since_the_profile_before_is_told(profile):
+    assert "first profile" in profile.run()["live_changes"].metadata["changes"].value
+    write_documents(profile.root / "live" / "math" / "new.jsonl", "math", n=9, n_words=300, seed=77)
+
+    made = profile.run("live_documents", "live_changes")["live_changes"]
+    again = profile.run("live_changes")["live_changes"]
+
+    assert (number(made, "documents in"), number(made, "documents out")) == (9, 0)
+    moved = profile.value("live_changes")["covariates"][0]
+    assert moved["domain"] == "math" and abs(moved["effect"]) > 0
+    assert "data:image/svg+xml" in made.metadata["picture"].value
+    assert again.tags["dagster/data_version"] == made.tags["dagster/data_version"]
+
+
+def test_a_live_pool_measured_otherwise_than_the_experiment_is_refused(profile):
+    profile.run()
+    store = profile.root / "data" / "assets"
+    scale = profile.value("normaliser")
+    scale["scorers"][0] = "characters-v0"
+    write_value(store / "normaliser.parquet", scale)
+
+    with pytest.raises(PoolError, match=r"the live pool must be profiled as .*characters-v0"):
+        profile.run("live_covariates")
 
 
 def test_equal_content_has_an_equal_data_version_and_other_content_another(profile):

@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import yaml
 
+from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.assets.design import design_of, specs_of
 from causalmix_pipeline.assets.proxy import read_records, records_frame, records_of
 from causalmix_pipeline.automation.jobs import EXPERIMENT_SIDE, VALIDATION
@@ -12,7 +13,6 @@ from causalmix_pipeline.automation.staleness import refresh, stale_assets
 from causalmix_pipeline.core.errors import ConfigError, ProxyError
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.definitions import build_definitions
-from causalmix_pipeline.resources.frame_store import read_value
 from causalmix_pipeline.resources.instance import ensure_instance
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings_file import load_settings

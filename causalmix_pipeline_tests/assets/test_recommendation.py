@@ -7,13 +7,13 @@ import polars as pl
 import pytest
 
 from causalmix_pipeline.adapters.report_html import ReportData
+from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.assets import recommendation
 from causalmix_pipeline.assets.recommendation import choose_mixture, interval, regmix_mixture
 from causalmix_pipeline.assets.report import report_data
 from causalmix_pipeline.assets.validation import larger_config, realised_gains
 from causalmix_pipeline.core.proxy import ProxyConfig
-from causalmix_pipeline.resources.frame_store import read_value
 from causalmix_pipeline.resources.settings import Settings
 
 TRUTH = SyntheticPool.draw(n_domains=4, n_covariates=2, n_tasks=2, seed=1)

@@ -3,11 +3,11 @@
 import dagster as dg
 import pytest
 
+from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.automation.jobs import VALIDATION
 from causalmix_pipeline.automation.staleness import materialise, refresh
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.definitions import build_definitions
-from causalmix_pipeline.resources.frame_store import read_value
 from causalmix_pipeline.resources.instance import ensure_instance
 from causalmix_pipeline.resources.settings_file import load_settings
 

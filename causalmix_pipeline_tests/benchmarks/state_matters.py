@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,29 +27,35 @@ import polars as pl
 from causalmix_pipeline.adapters.demo_pool import assemble_demo_pool
 from causalmix_pipeline.adapters.estimators import make_estimator
 from causalmix_pipeline.adapters.experiment import (
+    DomainSampler,
     PoolTokenizer,
     build_evaluation,
     collect_runs,
     draw_states,
+    fit_normaliser,
     keep_states,
     make_specs,
-    profile_documents,
+    measure_states,
     write_token_store,
 )
 from causalmix_pipeline.adapters.local_backend import LocalBackend, engine_name
-from causalmix_pipeline.adapters.pool_reader import ColumnMap, read_pool
+from causalmix_pipeline.adapters.local_workers import LocalWorkers
+from causalmix_pipeline.adapters.pool_door import ColumnMap
+from causalmix_pipeline.adapters.profiler import (
+    PoolSpec,
+    ScorerPlan,
+    profile_pool,
+    survey_pool,
+)
 from causalmix_pipeline.adapters.run_store import RunStore
+from causalmix_pipeline.adapters.score_store import ScoreStore
+from causalmix_pipeline.adapters.scorers import model_free_plans
 from causalmix_pipeline.core.belief import noise_floor
+from causalmix_pipeline.core.covariates import Normaliser
 from causalmix_pipeline.core.design import DesignPlan, make_design
 from causalmix_pipeline.core.effects import cross_validate, permute_states
 from causalmix_pipeline.core.policy import Constraints, recommend
-from causalmix_pipeline.core.pool_state import (
-    COVARIATES,
-    StateRanges,
-    draw_state,
-    index_documents,
-    measure_covariates,
-)
+from causalmix_pipeline.core.pool_state import StateRanges, draw_state, index_documents
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.core.runs import RunTable
@@ -92,39 +99,63 @@ class Bench:
     tokens_hash: str
     eval_hash: str
     unigram_nats: dict[str, float]
+    sampler: DomainSampler
+    normaliser: Normaliser
 
 
-def prepare(pool: Path, tasks: str, out: Path, ranges: StateRanges, workers: int) -> Bench:
+def prepare(
+    pool: Path,
+    tasks: str,
+    out: Path,
+    ranges: StateRanges,
+    workers: int,
+    extra_plans: Sequence[ScorerPlan] = (),
+) -> Bench:
     """Read, tokenise and score the experiment pool, and cut the held-out text."""
-    documents = read_pool(pool / "experiment", ColumnMap(group="group")).documents
+    spec = PoolSpec(
+        pool / "experiment", ColumnMap(group="group"), noise_seed=0 if ranges.noise else None
+    )
     store = RunStore(out)
     tokenizer_path = out / "tokenizer.json"
     if tokenizer_path.exists():
         tokenizer = PoolTokenizer.from_dict(json.loads(tokenizer_path.read_text()))
     else:
-        tokenizer = PoolTokenizer.fit(documents, vocab_size=1024)
+        sample = survey_pool(replace(spec, noise_seed=None), max_bytes=2**26).sample
+        tokenizer = PoolTokenizer.fit(sample, vocab_size=1024)
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer_path.write_text(json.dumps(tokenizer.to_dict()))
-    scored, encoded = profile_documents(
-        documents, tokenizer, noise_seed=0 if ranges.noise else None
-    )
-    tokens_hash = write_token_store(store, scored, encoded, tokenizer)
+    plans = model_free_plans(tokenizer.scorer(out / "tokenizers"), vocd_budget_tokens=100_000)
+    documents = profile_pool(
+        spec,
+        [*plans, *extra_plans],
+        store=ScoreStore(out / "scores"),
+        workers=LocalWorkers(workers),
+        on_progress=lambda what, done, total: print(f"\r{what}: {done}/{total}  ", end=""),
+    ).documents
+    print()
+    tokens_hash = write_token_store(store, spec, documents, tokenizer)
+    domains = sorted(documents["domain"].unique().to_list())
     texts = {
         path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()]
         for path in sorted((pool / TASKS[tasks]).glob("*.jsonl"))
     }
     evaluation, eval_hash = build_evaluation(texts, tokenizer, sequence_length=128)
     store.put_eval(eval_hash, evaluation)
+    sampler = DomainSampler(
+        store.token_store(tokens_hash), tokenizer.tokenizer_json, documents["document_id"].to_list()
+    )
     return Bench(
         store=store,
         backend=LocalBackend(store, n_workers=workers),
-        documents=scored,
-        domains=sorted(scored["domain"].unique().to_list()),
+        documents=documents,
+        domains=domains,
         tasks=list(texts),
         ranges=ranges,
         tokens_hash=tokens_hash,
         eval_hash=eval_hash,
         unigram_nats=evaluation.unigram_nats,
+        sampler=sampler,
+        normaliser=fit_normaliser(documents, domains, ranges, seed=0, sampler=sampler),
     )
 
 
@@ -148,9 +179,14 @@ def train(bench: Bench, specs: list[ProxySpec], label: str) -> list[ProxyRecord]
 def run_design(
     bench: Bench, plan: DesignPlan, config: ProxyConfig, covariates: tuple[str, ...]
 ) -> RunTable:
-    """Train the design and return its runs."""
+    """Train the design and return its runs, with these covariates; all of them if none is named."""
     drawn = draw_states(
-        bench.documents, bench.domains, bench.ranges, n_states=plan.n_states, seed=plan.seed
+        bench.documents,
+        bench.domains,
+        bench.ranges,
+        n_states=plan.n_states,
+        seed=plan.seed,
+        sampler=bench.sampler,
     )
     hashes = keep_states(bench.store, bench.documents, bench.domains, drawn.memberships)
     design = make_design(plan, len(bench.domains))
@@ -164,12 +200,14 @@ def run_design(
         print(f"  {task:16s} {nats[:, i].mean():.2f} {nats[:, i].min():.2f} "
               f"{bench.unigram_nats[task]:.2f}")  # fmt: skip
     print(f"  CPU seconds a run: {np.mean([r.cpu_seconds for r in records]):.2f}")
+    names = covariates or drawn.covariates
+    columns = [drawn.covariates.index(name) for name in names]
     return collect_runs(
         records,
         design,
-        drawn.normaliser.scale(drawn.values_MDP),
+        bench.normaliser.scale(drawn.values_MDP)[:, :, columns],
         domains=bench.domains,
-        covariates=covariates,
+        covariates=names,
         tasks=bench.tasks,
     )
 
@@ -203,16 +241,14 @@ def recommend_for_new_states(
 ) -> tuple[list[str], dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]]:
     """Mixtures of each (objective, method) for each new state, and what B promises."""
     index = index_documents(bench.documents, bench.domains, bench.ranges)
-    drawn = draw_states(
-        bench.documents, bench.domains, bench.ranges, n_states=plan.n_states, seed=plan.seed
-    )
     memberships = [
         draw_state(index, bench.ranges, state_id=NEW_STATES_FROM + m, seed=plan.seed)[1]
         for m in range(n_new)
     ]
-    values = [measure_covariates(bench.documents, bench.domains, m) for m in memberships]
-    columns = [COVARIATES.index(name) for name in runs.covariates]
-    scaled = [drawn.normaliser.scale(v)[:, columns] for v in values]
+    names = bench.normaliser.covariates
+    values_MDP = measure_states(bench.documents, bench.domains, names, memberships, bench.sampler)
+    columns = [names.index(name) for name in runs.covariates]
+    scaled = list(bench.normaliser.scale(values_MDP)[:, :, columns])
     hashes = keep_states(bench.store, bench.documents, bench.domains, memberships)
     equal_D = np.full(len(bench.domains), 1.0 / len(bench.domains))
     mixtures: dict[tuple[str, str], np.ndarray] = {}

@@ -8,19 +8,16 @@ import numpy as np
 import polars as pl
 import pytest
 
+from causalmix_pipeline.core.covariates import METRICS
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 from causalmix_pipeline.core.pool_state import (
-    COVARIATES,
-    METRICS,
     DomainDraw,
     Membership,
     StateRanges,
     _choose_documents,
     draw_domain,
     draw_state,
-    fit_normaliser,
     index_documents,
-    measure_covariates,
 )
 
 DOMAINS = ("code", "math", "prose")
@@ -260,68 +257,9 @@ def test_the_same_documents_in_other_domains_are_another_state():
     assert membership.content_hash(ids, [0, 1]) != membership.content_hash(ids, [0, 0])
 
 
-# Measuring
-
-
-def tiny_frame() -> pl.DataFrame:
-    """Domain a: documents of 8 and 24 tokens, the first twice; domain b: one of 16 tokens."""
-    values = {metric: [1.0, 2.0, 5.0, 99.0] for metric in METRICS}
-    return pl.DataFrame(
-        {
-            "document_id": ["d0", "d1", "d2", "t0"],
-            "domain": ["a", "a", "b", "a"],
-            "copies": [2, 1, 1, 1],
-            "augmented": [False, False, False, True],
-            "n_tokens": [8, 24, 16, 8],
-            **values,
-        }
-    )
-
-
-def test_covariates_are_the_token_weighted_means_by_hand():
-    values_DP = measure_covariates(tiny_frame(), ["a", "b"])
-
-    assert values_DP.shape == (2, len(COVARIATES))
-    by_hand = (8 * 2 * 1.0 + 24 * 2.0) / (8 * 2 + 24)
-    np.testing.assert_allclose(values_DP[0, : len(METRICS)], by_hand)
-    assert values_DP[0, -2] == pytest.approx(np.log2(32))
-    assert values_DP[0, -1] == pytest.approx(1 - 32 / 40)
-    np.testing.assert_allclose(values_DP[1], [5.0] * len(METRICS) + [4.0, 0.0])
-
-
-def test_a_sub_pool_is_measured_with_its_own_copies_and_twins():
-    membership = Membership(np.array([1, 2, 3]), np.array([1, 3, 2]))
-    values_DP = measure_covariates(tiny_frame(), ["b", "a"], membership)
-
-    np.testing.assert_allclose(values_DP[0], [5.0] * len(METRICS) + [4.0, 1 - 1 / 3])
-    np.testing.assert_allclose(values_DP[1, 0], (24 * 2.0 + 8 * 2 * 99.0) / 40)
-    assert values_DP[1, -1] == pytest.approx(1 - 32 / 40)
-
-
-def test_the_whole_pool_as_a_state_has_the_pools_covariates():
-    clean = np.flatnonzero(~DOCUMENTS["augmented"].to_numpy())
-    everything = Membership(clean, np.ones(len(clean), int))
-
-    np.testing.assert_allclose(
-        measure_covariates(DOCUMENTS, DOMAINS, everything), measure_covariates(DOCUMENTS, DOMAINS)
-    )
-
-
-def test_a_domain_that_a_pool_lacks_cannot_be_measured():
-    with pytest.raises(PoolError, match="domain 'law' has no usable document"):
-        measure_covariates(tiny_frame(), ["a", "law"])
+def test_a_domain_without_documents_has_no_states():
     with pytest.raises(PoolError, match="experiment pool: domain 'law' has no usable document"):
         index_documents(DOCUMENTS, ["code", "law"], StateRanges())
-
-
-def test_the_normaliser_gives_each_covariate_mean_0_and_deviation_1():
-    values_MDP = np.random.default_rng(0).normal(5, 3, size=(64, 2, 3))
-    values_MDP[:, 1, 2] = 7.0
-    scaled = fit_normaliser(values_MDP).scale(values_MDP)
-
-    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-12)
-    np.testing.assert_allclose(scaled.std(axis=0)[0], 1)
-    np.testing.assert_array_equal(scaled[:, 1, 2], 0)  # it never varies: scale 1, no division by 0
 
 
 # Refusals

@@ -1,214 +1,49 @@
-"""Stored values come back as they were or not at all: kills, flipped bits, evil names."""
+"""Assets keep their values, on a disk and in object storage; evil names write nothing."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
-import numpy as np
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from polars.testing import assert_frame_equal
+from s3fs import S3FileSystem
+from upath import UPath
 
+from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.core.errors import PoolError
-from causalmix_pipeline.resources.frame_store import (
-    FrameStore,
-    check_slug,
-    content_digest,
-    read_value,
-    write_value,
-)
+from causalmix_pipeline.resources.frame_store import FrameStore, check_slug
+from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
 
 
-def sample_frame(n: int = 200, seed: int = 0) -> pl.DataFrame:
-    rng = np.random.default_rng(seed)
-    return pl.DataFrame(
-        {
-            "text": [f"döc {i}" if i % 7 else None for i in range(n)],
-            "value": rng.normal(size=n),
-            "count": rng.integers(0, 9, n),
-            "flag": rng.random(n) > 0.5,
-            "shares": [[float(i), 1.0][: i % 3] if i % 5 else None for i in range(n)],
-        }
-    )
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """URL of an object store."""
+    with s3_server() as endpoint:
+        yield endpoint
 
 
-COLUMNS = {
-    "text": st.text(max_size=8) | st.none(),
-    "value": st.floats(allow_nan=False) | st.none(),
-    "count": st.integers(-(2**63), 2**63 - 1) | st.none(),
-    "flag": st.booleans() | st.none(),
-}
-SCHEMA = {"text": pl.String, "value": pl.Float64, "count": pl.Int64, "flag": pl.Boolean}
+@pytest.fixture
+def bucket(server, monkeypatch) -> Iterator[str]:
+    """URL of a folder in an empty bucket."""
+    for name, value in s3_environment(server).items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem().mkdir("bucket")
+    yield "s3://bucket/team"
+    S3FileSystem().rm("bucket", recursive=True)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.fixed_dictionaries(COLUMNS), max_size=6))
-def test_a_frame_comes_back_as_it_was(tmp_path, rows):
-    frame = pl.DataFrame(rows, schema=SCHEMA)
-
-    write_value(tmp_path / "a.parquet", frame)
-
-    assert_frame_equal(read_value(tmp_path / "a.parquet"), frame)
+def sample_frame(n: int) -> pl.DataFrame:
+    return pl.DataFrame({"text": [f"döc {i}" for i in range(n)], "value": [0.5] * n})
 
 
-def test_lists_nan_and_nothing_come_back_as_they_were(tmp_path):
-    for frame in (sample_frame(), pl.DataFrame({"x": [float("nan"), None, -0.0]}), sample_frame(0)):
-        write_value(tmp_path / "a.parquet", frame)
-        assert_frame_equal(read_value(tmp_path / "a.parquet"), frame)
+@dg.asset
+def numbers() -> pl.DataFrame:
+    return sample_frame(3)
 
 
-@pytest.mark.parametrize("value", [{"a": [1, 2.5, None], "é": {"b": True}}, ["x", 1], {}])
-def test_a_dictionary_or_list_comes_back_as_it_was(tmp_path, value):
-    write_value(tmp_path / "a.parquet", value)
-
-    assert read_value(tmp_path / "a.parquet") == value
-
-
-def test_any_parquet_reader_reads_the_frame_and_its_schema(tmp_path):
-    write_value(tmp_path / "a.parquet", sample_frame())
-
-    assert_frame_equal(pl.read_parquet(tmp_path / "a.parquet"), sample_frame())
-    assert (
-        '"value": "Float64"' in pl.read_parquet_metadata(tmp_path / "a.parquet")["causalmix.schema"]
-    )
-
-
-@pytest.mark.parametrize("value", [3, "text", None, np.zeros(3)])
-def test_a_value_of_another_kind_is_refused(tmp_path, value):
-    with pytest.raises(TypeError, match=f"got {type(value).__name__}"):
-        write_value(tmp_path / "a.parquet", value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_column_of_another_kind_is_refused_by_its_name():
-    with pytest.raises(TypeError, match="column when"):
-        content_digest(pl.DataFrame({"when": [0]}, schema={"when": pl.Date}))
-
-
-def test_a_failed_write_leaves_the_old_value_and_no_rubbish(tmp_path):
-    write_value(tmp_path / "a.parquet", {"old": 1})
-
-    with pytest.raises(TypeError):
-        write_value(tmp_path / "a.parquet", {"new": {1, 2}})
-
-    assert read_value(tmp_path / "a.parquet") == {"old": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
-
-
-def test_the_digest_is_that_of_the_content_not_of_the_layout():
-    frame = sample_frame()
-    pieces = pl.concat([frame[:50], frame[50:]], rechunk=False)
-
-    assert content_digest(pieces) == content_digest(frame)
-    assert content_digest({"a": 1, "b": 2}) == content_digest({"b": 2, "a": 1})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda f: f.with_columns(value=pl.col("value") + 1e-12),
-        lambda f: f.with_columns(text=pl.col("text").fill_null("")),
-        lambda f: f.with_columns(count=pl.col("count").cast(pl.Int32)),
-        lambda f: f.rename({"count": "n"}),
-        lambda f: f.reverse(),
-        lambda f: f[:-1],
-        lambda f: f.with_columns(shares=pl.col("shares").list.reverse()),
-        lambda f: f.with_columns(shares=pl.col("shares").fill_null([])),
-    ],
-)
-def test_any_change_of_content_changes_the_digest(change):
-    assert content_digest(change(sample_frame())) != content_digest(sample_frame())
-
-
-def test_text_that_moves_between_rows_changes_the_digest():
-    """Lengths count: the bytes of all rows together are the same here."""
-    first, second = pl.DataFrame({"t": ["ab", "c"]}), pl.DataFrame({"t": ["a", "bc"]})
-
-    assert content_digest(first) != content_digest(second)
-
-
-@pytest.mark.filterwarnings("default")
-def test_a_flipped_bit_is_never_read_as_another_value(tmp_path, capfd):
-    """Polars reads many of these without complaint; a page holds no checksum of its own."""
-    frame, path = sample_frame(), tmp_path / "a.parquet"
-    write_value(path, frame)
-    raw, rng = path.read_bytes(), np.random.default_rng(0)
-    caught = silent_in_polars = 0
-    for position in rng.choice(len(raw), 60, replace=False):
-        damaged = bytearray(raw)
-        damaged[position] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        try:
-            assert_frame_equal(read_value(path), frame)
-        except PoolError as error:
-            assert str(path) in str(error)
-            caught += 1
-            silent_in_polars += "digest" in str(error)
-    capfd.readouterr()  # what polars says of a panic
-    assert caught >= 30  # the rest sits where no reader looks, and gave the value as it was
-    assert silent_in_polars >= 1
-
-
-def test_a_file_without_a_digest_is_refused(tmp_path):
-    sample_frame().write_parquet(tmp_path / "a.parquet")
-
-    with pytest.raises(PoolError, match=r"digest None.*materialise the asset a again"):
-        read_value(tmp_path / "a.parquet")
-
-
-def test_a_missing_value_says_which_asset_to_materialise(tmp_path):
-    with pytest.raises(FileNotFoundError, match="materialise the asset run_table first"):
-        read_value(tmp_path / "run_table.parquet")
-
-
-WRITER = """
-import sys
-from pathlib import Path
-import numpy as np, polars as pl
-from causalmix_pipeline.resources.frame_store import write_value
-n = 0
-while True:
-    n += 1
-    frame = pl.DataFrame({"n": np.full(200_000, n), "x": np.random.default_rng(n).random(200_000)})
-    write_value(Path(sys.argv[1]), frame)
-    print(n, flush=True)
-"""
-
-
-def test_a_writer_killed_at_any_moment_leaves_a_whole_value(tmp_path):
-    path = tmp_path / "a.parquet"
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline()  # it wrote once
-        ends = time.monotonic() + float(rng.uniform(0.5, 1.5))
-        while time.monotonic() < ends:  # a reader never sees half of a value either
-            assert read_value(path)["n"].n_unique() == 1
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.communicate()
-
-        assert read_value(path)["n"].n_unique() == 1
-
-    write_value(path, {"done": True})
-    assert [left.name for left in tmp_path.iterdir()] == ["a.parquet"]
-
-
-def test_the_unfinished_file_of_a_living_writer_is_left_alone(tmp_path):
-    mine = tmp_path / f".a.parquet.{os.getppid()}.tmp"
-    mine.write_text("half")
-
-    write_value(tmp_path / "a.parquet", {})
-
-    assert mine.exists()
+@dg.asset
+def total(numbers: pl.DataFrame) -> dict:
+    return {"rows": numbers.height}
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/b", "..", "", "A", "a b", "é", "'; DROP TABLE"])
@@ -256,3 +91,64 @@ def test_an_asset_key_or_partition_that_is_no_slug_writes_nothing(tmp_path):
 
     assert not result.success
     assert [path for path in Path(tmp_path).rglob("*") if path.is_file()] == []
+
+
+# Object storage
+
+
+def test_assets_keep_and_load_their_values_in_object_storage(bucket):
+    store = FrameStore(base_dir=f"{bucket}/assets/")
+    result = dg.materialize([numbers, total], resources={"io_manager": store})
+
+    assert result.success
+    assert read_value(UPath(f"{bucket}/assets/numbers.parquet")).equals(sample_frame(3))
+    assert read_value(UPath(f"{bucket}/assets/total.parquet")) == {"rows": 3}
+    assert sorted(S3FileSystem().find("bucket")) == [
+        "bucket/team/assets/numbers.parquet",
+        "bucket/team/assets/total.parquet",
+    ]
+
+
+def test_a_value_of_an_earlier_run_is_loaded_from_object_storage(bucket):
+    resources = {"io_manager": FrameStore(base_dir=bucket)}
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([numbers], resources=resources, instance=instance)
+        result = dg.materialize(
+            [numbers, total], resources=resources, instance=instance, selection="total"
+        )
+
+    assert result.output_for_node("total") == {"rows": 3}
+
+
+def test_a_damaged_value_in_object_storage_stops_what_reads_it(bucket):
+    resources = {"io_manager": FrameStore(base_dir=bucket)}
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([numbers], resources=resources, instance=instance)
+        UPath(f"{bucket}/numbers.parquet").write_bytes(b"PAR1 half")
+        with pytest.raises(PoolError, match=r"s3://bucket/team/numbers.parquet can't be read"):
+            dg.materialize(
+                [numbers, total], resources=resources, instance=instance, selection="total"
+            )
+
+
+def test_partitions_are_objects_below_their_asset(bucket):
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["one", "two"]))
+    def parts() -> pl.DataFrame:
+        return sample_frame(2)
+
+    resources = {"io_manager": FrameStore(base_dir=bucket)}
+    for key in ("one", "two"):
+        dg.materialize([parts], resources=resources, partition_key=key)
+
+    assert S3FileSystem().find("bucket") == [
+        "bucket/team/parts/one.parquet",
+        "bucket/team/parts/two.parquet",
+    ]
+
+
+def test_a_write_to_a_bucket_that_is_not_there_fails_and_makes_none(bucket):
+    resources = {"io_manager": FrameStore(base_dir="s3://another/assets")}
+    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
+        dg.materialize([numbers], resources=resources)
+
+    assert S3FileSystem().ls("") == ["bucket"]

@@ -2,6 +2,8 @@
 
 import pytest
 
+from causalmix_pipeline.adapters.local_workers import LocalWorkers
+from causalmix_pipeline.adapters.ray_workers import RayWorkers
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.resources.project import Project, default_resources
 from causalmix_pipeline_tests.conftest import write_project
@@ -21,9 +23,20 @@ def test_settings_become_plan_ranges_columns_and_backend(tmp_path):
     assert (ranges.tilt_sd, ranges.repetition, ranges.noise) == (1.5, 0.3, 0.1)
     assert ranges.size_range == (0.2, 0.9)
     assert project.columns.group == "group"
-    assert project.backend.n_workers == 2
+    assert project.workers == project.backend.workers == LocalWorkers(2)
     assert project.run_store.root == tmp_path / "data" / "run_store"
     assert project.folder("export", "x.json") == tmp_path / "data" / "export" / "x.json"
+
+
+def test_a_ray_backend_and_a_storage_elsewhere_are_built_from_their_settings(tmp_path):
+    path = write_project(
+        tmp_path, backend={"kind": "ray", "address": "auto"}, storage="s3://bucket/team"
+    )
+    project = Project(config_file=str(path))
+
+    assert project.workers == project.backend.workers == RayWorkers("auto")
+    assert project.run_store.root == "s3://bucket/team/run_store"
+    assert default_resources(path)["io_manager"].base_dir == "s3://bucket/team/assets"
 
 
 def test_the_file_is_read_at_the_run_not_at_the_load(tmp_path):

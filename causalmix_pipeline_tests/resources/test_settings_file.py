@@ -40,7 +40,7 @@ def refusal(tmp_path, raw) -> list[str]:
             "tasks[0].wieght is no setting; known here: name, path, weight, direction.",
             "",
         ),
-        ({"sede": 1}, "sede is no setting; known here: data_dir, pools, columns", "seed."),
+        ({"sede": 1}, "sede is no setting; known here: data_dir, storage, pools", "seed."),
         ({"design": {"n_run": 8}}, "design.n_run is no setting; known here: n_runs", "seed."),
         ({"tasks": [{"name": "math"}]}, "tasks[0].path must be given, got nothing: JSONL", ""),
         ({"tasks": [TASK | {"name": "A b"}]}, "tasks[0].name must match pattern", "underscores."),
@@ -77,10 +77,10 @@ def test_an_error_names_the_field_as_it_was_written(tmp_path, raw, start, end):
 
 
 def test_every_wrong_field_is_told_at_once(tmp_path):
-    lines = refusal(tmp_path, {"seed": -1, "proxy": {"workers": -2}})
+    lines = refusal(tmp_path, {"seed": -1, "backend": {"workers": -2}})
 
     assert lines[0].endswith("2 wrong")
-    assert {line.split(" ")[0] for line in lines[1:]} == {"seed", "proxy.workers"}
+    assert {line.split(" ")[0] for line in lines[1:]} == {"seed", "backend.workers"}
 
 
 @pytest.mark.parametrize(

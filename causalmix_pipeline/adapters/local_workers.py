@@ -1,0 +1,298 @@
+"""Work done by processes of this machine, each on one thread.
+
+A worker is a fresh interpreter that holds one task at a time. So when it dies, exactly one task is
+known to have been in it: that task alone counts a try, and those in other workers go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any
+
+from causalmix_pipeline.core.errors import ConfigError, WorkError
+
+#: One thread a worker. Libraries read these once, when they are loaded.
+THREAD_VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "POLARS_MAX_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+#: How often a task is tried again after its worker died.
+RETRIES = 2
+#: Seconds between two looks at whether a process that says nothing is still there.
+WATCH_SECONDS = 0.5
+#: Seconds that an idle worker gets to end by itself.
+END_SECONDS = 5.0
+#: What a worker runs: its variables are set before any library is loaded. Ctrl-C in a terminal
+#: reaches workers too; their parent ends them.
+_START = """
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+handle, parent, variables, sys.path[:] = json.loads(sys.argv[1])
+os.environ.update(variables)
+from causalmix_pipeline.adapters.local_workers import serve
+serve(handle, parent)
+"""
+
+
+@dataclass(frozen=True)
+class LocalWorkers:
+    """Worker processes on this machine.
+
+    A task whose worker dies (killed, or out of memory) goes to the end of the queue and is tried
+    again in a new worker, at most twice. Workers end when the work is done, when an error is
+    raised here, and when this process dies. They don't load the main script, so it needs no
+    `if __name__ == "__main__"`, and functions must live in a module.
+
+    Attributes:
+        n_workers: processes; 0 takes one per core.
+    """
+
+    n_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the number of processes."""
+        if self.n_workers < 0:
+            raise ConfigError(
+                f"n_workers must be >= 0, got {self.n_workers}: 0 takes one process per core."
+            )
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        on_done: Callable[[int, Any], None],
+    ) -> None:
+        """Call `function(task)` for each task in a worker; see `core.work.WorkBackend`.
+
+        A worker holds one task, so at most `n_workers` are in flight. A task that is finished while
+        `on_done` runs waits for it, but its worker has the next task already unless it, too,
+        finished meanwhile.
+
+        Raises:
+            WorkError: if one task's workers die three times. What `function` raises is raised here
+                with its type; the worker's traceback is a note on it.
+        """
+        crew = _Crew(function, tasks, self.n_workers or os.cpu_count() or 1)
+        try:
+            while not crew.is_done:
+                crew.fill()
+                for index, outcome in crew.collect():
+                    on_done(index, outcome.result_or_raise())
+        except BaseException:
+            crew.kill()
+            raise
+        finally:
+            crew.end()
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a task: a result, or the error that the function raised."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+    def result_or_raise(self) -> Any:
+        """Return the result, or raise the error with its type."""
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error with its traceback as a note; a WorkError in its place if it can't be sent."""
+    note = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = WorkError(f"a task raised {type(error).__name__}: {error}")
+    error.add_note(note)
+    return error
+
+
+class _Crew:
+    """The workers of one call of `run`, and the tasks that wait for them."""
+
+    def __init__(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], n_workers: int
+    ) -> None:
+        if getattr(function, "func", function).__module__ == "__main__":  # func: of a partial
+            raise WorkError(
+                f"a worker's function must be importable from a module, got {function!r} of the "
+                "main script: move it into a module."
+            )
+        self.function = pickle.dumps(function)
+        self.tasks = tasks
+        self.size = min(n_workers, len(tasks))
+        self.waiting = deque(range(len(tasks)))
+        self.deaths: Counter[int] = Counter()
+        self.workers: list[_Worker] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no task waits or is in work."""
+        return not self.waiting and all(worker.task is None for worker in self.workers)
+
+    def fill(self) -> None:
+        """Give each idle worker a task; start workers while some are missing."""
+        idle = [worker for worker in self.workers if worker.task is None]
+        while self.waiting and (idle or len(self.workers) < self.size):
+            if not idle:
+                idle = [_Worker(self.function)]
+                self.workers += idle
+            index = self.waiting.popleft()
+            idle.pop().give(index, self.tasks[index])
+
+    def collect(self) -> list[tuple[int, Outcome]]:
+        """Wait for a worker; return what is finished, errors last, its workers at work again."""
+        done = []
+        for worker in self._ready():
+            assert worker.task is not None
+            index, outcome = worker.task, worker.take()
+            outcome = outcome or self._bury(worker, index)
+            if outcome is not None:
+                done.append((index, outcome))
+        done.sort(key=lambda finished: finished[1].error is not None)
+        if not done or done[-1][1].error is None:
+            self.fill()
+        return done
+
+    def _ready(self) -> list[_Worker]:
+        """Busy workers that answered or died."""
+        busy = [worker for worker in self.workers if worker.task is not None]
+        answered = wait([worker.connection for worker in busy], timeout=WATCH_SECONDS)
+        # A process that a dead worker left behind keeps its connection open.
+        return [w for w in busy if w.connection in answered or w.process.poll() is not None]
+
+    def _bury(self, worker: _Worker, index: int) -> Outcome | None:
+        """Count a death against the task that the worker held; queue it again, or give it up."""
+        self.workers.remove(worker)
+        status = worker.end(kill=True)
+        self.deaths[index] += 1
+        if self.deaths[index] <= RETRIES:
+            self.waiting.append(index)
+            return None
+        message = (
+            f"task {index} of {len(self.tasks)} (counted from 0) must leave its worker alive, got "
+            f"{self.deaths[index]} dead workers, the last {_how_it_ended(status)}. If memory was "
+            "short, take fewer workers; else look at the task and at the workers' messages on "
+            "stderr."
+        )
+        return Outcome(error=WorkError(message))
+
+    def kill(self) -> None:
+        """End all workers at once."""
+        for worker in self.workers:
+            worker.process.kill()
+
+    def end(self) -> None:
+        """Let idle workers end by themselves and wait for them."""
+        for worker in self.workers:
+            worker.connection.close()
+        for worker in self.workers:
+            worker.end()
+
+
+class _Worker:
+    """One process, and the number of the task that it holds."""
+
+    def __init__(self, function: bytes) -> None:
+        self.task: int | None = None
+        self.connection, theirs = Pipe()
+        with theirs:
+            arguments = [theirs.fileno(), os.getpid(), THREAD_VARIABLES, list(map(str, sys.path))]
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(arguments)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._send(function)
+
+    def give(self, index: int, task: Any) -> None:
+        """Send a task."""
+        content = pickle.dumps(task)
+        self.task = index
+        self._send(content)
+
+    def take(self) -> Outcome | None:
+        """The outcome of its task; None if the worker died before it was sent."""
+        try:
+            # False: the process ended, but something that it started holds the connection open.
+            content = self.connection.recv_bytes() if self.connection.poll() else None
+        except (EOFError, OSError):
+            return None
+        if content is None:
+            return None
+        self.task = None
+        return pickle.loads(content)
+
+    def end(self, *, kill: bool = False) -> int:
+        """Close the connection, wait for the process, and return its exit status."""
+        self.connection.close()
+        if kill:
+            self.process.kill()
+        try:
+            return self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def _send(self, content: bytes) -> None:
+        with suppress(OSError):  # died: seen when its answer is waited for
+            self.connection.send_bytes(content)
+
+
+def _how_it_ended(status: int) -> str:
+    """An exit status in words; negative ones are signals."""
+    if status >= 0:
+        return f"with exit status {status}"
+    memory = ", as when memory runs out" if status == -signal.SIGKILL else ""
+    return f"by signal {signal.Signals(-status).name}{memory}"
+
+
+def serve(handle: int, parent: int) -> None:
+    """Answer each task that comes until the connection closes: a worker's whole life."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.set_inheritable(handle, False)
+    connection = Connection(handle)
+    with suppress(EOFError, OSError):
+        function = connection.recv_bytes()
+        while True:
+            connection.send_bytes(_answer(function, connection.recv_bytes()))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
+
+
+#: The function is read once a process, after its first task came.
+_read_function = lru_cache(maxsize=1)(pickle.loads)
+
+
+def _answer(function: bytes, task: bytes) -> bytes:
+    """The pickled outcome of a task."""
+    try:
+        return pickle.dumps(Outcome(result=_read_function(function)(pickle.loads(task))))
+    except BaseException as error:
+        return pickle.dumps(Outcome(error=portable(error)))

@@ -1,0 +1,574 @@
+"""Profiles a pool: reads it once, scores what is new, and returns a row per document.
+
+    files -> (workers) read, door, spool new texts -> (workers) score chunks -> score store -> frame
+
+Memory is that of a few chunks in each worker and of one row of numbers per document here; texts
+are never all in memory. What is kept is kept by content, so a rerun, after a kill too, goes on
+where it was: only the chunks in flight are scored again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from causalmix_pipeline.adapters.near_duplicates import (
+    MinHashScorer,
+    flag_near_duplicates,
+    signature_arrays,
+)
+from causalmix_pipeline.adapters.noisy_twins import add_noisy_twins
+from causalmix_pipeline.adapters.pool_door import DoorRules
+from causalmix_pipeline.adapters.pool_files import PoolFile, pool_files
+from causalmix_pipeline.adapters.pool_reader import (
+    QUARANTINE_SCHEMA,
+    ColumnMap,
+    PoolDocuments,
+    check_usable,
+    distinct_documents,
+    read_batches,
+)
+from causalmix_pipeline.adapters.score_store import ScoreStore
+from causalmix_pipeline.core.covariates import SAMPLE_BYTES, SAMPLE_CHARS
+from causalmix_pipeline.core.document_sample import sample_documents
+from causalmix_pipeline.core.scoring import Scorer
+from causalmix_pipeline.core.work import InProcess, WorkBackend
+
+#: Bytes of text in a chunk, the unit of scoring: about a few seconds of work.
+CHUNK_BYTES = 8 * 2**20
+#: A pool whose files are smaller is profiled in this process: starting others takes longer.
+SMALL_POOL_BYTES = 2 * 2**20
+#: Documents of a sample that one task scores with a model.
+SAMPLE_TASK_DOCUMENTS = 64
+
+#: Called with what is being done, how much of it is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ScorerPlan:
+    """A scorer, and how many documents it scores.
+
+    Attributes:
+        scorer: measures the metrics.
+        budget_tokens: tokens of each domain that are scored, the documents with the lowest content
+            hash of each source first; None scores every document.
+    """
+
+    scorer: Scorer
+    budget_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """Which documents a pool has: where they are and how they are read.
+
+    Attributes:
+        location: folder, glob, file or URL.
+        columns: what the files' columns mean.
+        rules: what the door refuses.
+        domains: keep these only; None keeps all.
+        max_rejected_share: refuse the pool if more of it is quarantined; 0..1.
+        noise_seed: append noisy twins drawn with this seed; None appends none.
+    """
+
+    location: str | Path
+    columns: ColumnMap = field(default_factory=ColumnMap)
+    rules: DoorRules = field(default_factory=DoorRules)
+    domains: tuple[str, ...] | None = None
+    max_rejected_share: float = 1.0
+    noise_seed: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PoolProfile:
+    """What is known of a pool's documents.
+
+    Attributes:
+        documents: a row per distinct (domain, text), sorted by domain, `augmented` and id: where it
+            stands, its copies, every metric; no text.
+        quarantine: refused rows and files, with the reason.
+        n_rows: rows that were read.
+        n_scored: documents that each scorer scored now, by its key.
+    """
+
+    documents: pl.DataFrame
+    quarantine: pl.DataFrame
+    n_rows: int
+    n_scored: dict[str, int]
+
+    @property
+    def rejected_share(self) -> float:
+        """Refused rows and files over all rows and refused files."""
+        return PoolDocuments(self.documents, self.quarantine, self.n_rows).rejected_share
+
+
+def pool_batches(
+    file: PoolFile, spec: PoolSpec
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame, int]]:
+    """Read one file of a pool: documents with `augmented`, `twin_of`, `fold_id`; refused rows."""
+    for batch in read_batches(file, spec.columns, spec.rules):
+        documents = batch.documents
+        if spec.domains is not None:
+            documents = documents.filter(pl.col("domain").is_in(list(spec.domains)))
+        if spec.noise_seed is not None and documents.height:
+            documents = add_noisy_twins(documents, seed=spec.noise_seed)
+        else:
+            documents = documents.with_columns(
+                augmented=pl.lit(False), twin_of=pl.lit(None, dtype=pl.String)
+            )
+        documents = documents.with_columns(fold_id=pl.coalesce("twin_of", "document_id"))
+        yield documents, batch.quarantine, batch.n_rows
+
+
+def profile_pool(
+    spec: PoolSpec,
+    plans: Sequence[ScorerPlan],
+    *,
+    store: ScoreStore,
+    workers: WorkBackend,
+    scratch: Path | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> PoolProfile:
+    """Profile a pool.
+
+    Args:
+        spec: the pool.
+        plans: what to measure; one of them scores `n_bytes`, one `n_tokens`.
+        store: scores that are known, and where new ones are kept.
+        workers: where files are read and chunks scored; a small pool is profiled in this process.
+        scratch: folder for texts in flight, removed at the end; None takes one beside the store.
+        on_progress: told what is being done and how far it is.
+
+    Raises:
+        PoolError: if there's no usable document, a domain has none, or too much was rejected.
+        WorkError: if a worker can't go on.
+    """
+    scratch = scratch or store.root.parent / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with store.locked():
+        # The lock is held, so what lies here is of a killed profile.
+        for left in scratch.glob("profile-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        spool = Path(tempfile.mkdtemp(prefix="profile-", dir=scratch))
+        try:
+            size = sum(max(file.size, 0) for file in pool_files(spec.location))
+            near = InProcess() if size < SMALL_POOL_BYTES else workers
+            job = _Profile(spec, plans, store, near, spool, on_progress)
+            return job.run()
+        finally:
+            shutil.rmtree(spool, ignore_errors=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Profile:
+    """One profile under way."""
+
+    spec: PoolSpec
+    plans: Sequence[ScorerPlan]
+    store: ScoreStore
+    workers: WorkBackend
+    spool: Path
+    on_progress: Progress
+
+    def run(self) -> PoolProfile:
+        whole = [plan.scorer for plan in self.plans if plan.budget_tokens is None]
+        sampled = [plan for plan in self.plans if plan.budget_tokens is not None]
+        manifest, quarantine, n_rows, ratios = self._read(whole)
+        n_scored = dict.fromkeys((plan.scorer.key for plan in self.plans), 0)
+        for scorer, n in self._score_chunks(whole).items():
+            n_scored[scorer] += n
+        documents = manifest
+        for scorer in whole:
+            scores = self.store.read(scorer, manifest)
+            if isinstance(scorer, MinHashScorer):
+                scores = _near_duplicate_column(manifest, scores)
+            documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
+        documents = documents.with_columns(
+            bytes_per_token=pl.col("n_bytes") / pl.col("n_tokens").clip(1),
+            sample_compress_ratio=pl.col("domain").replace_strict(
+                ratios, default=None, return_dtype=pl.Float64
+            ),
+        )
+        for plan in sampled:
+            assert plan.budget_tokens is not None
+            sample = sample_documents(documents, budget_tokens=plan.budget_tokens)
+            n_scored[plan.scorer.key] += self._score_sample(plan.scorer, sample)
+            scores = self.store.read(plan.scorer, sample)
+            documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
+        for plan in self.plans:
+            self.store.tidy(plan.scorer)
+        keys = ";".join(sorted(plan.scorer.key for plan in self.plans))
+        documents = documents.with_columns(scorers=pl.lit(keys))
+        return PoolProfile(documents, quarantine, n_rows, n_scored)
+
+    # ------------------------------------------------------------------ reading
+
+    def _read(
+        self, scorers: Sequence[Scorer]
+    ) -> tuple[pl.DataFrame, pl.DataFrame, int, dict[str, float]]:
+        """Read all files: distinct documents, quarantine, rows, compression of each domain."""
+        files = pool_files(self.spec.location)
+        known = self._known_ids(scorers)
+        tasks = [
+            _ReadTask(file, number, self.spec, self.spool, known, None)
+            for number, file in enumerate(files)
+        ]
+        found = self._run(_read_file, tasks, "files read")
+        n_rows = sum(found)
+        columns = pl.scan_parquet(sorted(self.spool.glob("manifest-*.parquet")))
+        frame = distinct_documents(columns.collect())
+        refused = [pl.read_parquet(p) for p in sorted(self.spool.glob("quarantine-*.parquet"))]
+        quarantine = pl.concat([pl.DataFrame(schema=QUARANTINE_SCHEMA), *refused])
+        originals = frame.filter(~pl.col("augmented"))
+        check_usable(
+            PoolDocuments(originals, quarantine, n_rows),
+            self.spec.location,
+            self.spec.domains,
+            self.spec.max_rejected_share,
+        )
+        ratios = _sample_ratios(sorted(self.spool.glob("sample-*.parquet")))
+        return frame.sort("domain", "augmented", "document_id"), quarantine, n_rows, ratios
+
+    def _known_ids(self, scorers: Sequence[Scorer]) -> Path:
+        """Ids that every scorer has scored, as a sorted array that workers map."""
+        known: pl.DataFrame | None = None
+        for scorer in scorers:
+            ids = self.store.known(scorer)
+            known = ids if known is None else known.join(ids, on="document_id", how="semi")
+        path = self.spool / "known.npy"
+        ids = [] if known is None else known["document_id"].to_list()
+        np.save(path, np.sort(_as_keys(ids)))
+        return path
+
+    # ------------------------------------------------------------------ scoring
+
+    def _score_chunks(self, scorers: Sequence[Scorer]) -> dict[str, int]:
+        """Score the spooled chunks; returns how many documents each scorer scored."""
+        chunks = sorted(self.spool.glob("texts-*.parquet"))
+        counts = dict.fromkeys((scorer.key for scorer in scorers), 0)
+        if not chunks:
+            return counts
+        ids = pl.concat(
+            [
+                pl.read_parquet(chunk, columns=["document_id"]).with_columns(chunk=pl.lit(number))
+                for number, chunk in enumerate(chunks)
+            ]
+        ).unique("document_id", keep="first", maintain_order=True)
+        wanted: list[list[tuple[Scorer, list[str]]]] = [[] for _ in chunks]
+        for scorer in scorers:
+            missing = ids.join(self.store.known(scorer), on="document_id", how="anti")
+            counts[scorer.key] = missing.height
+            for (number,), part in missing.group_by("chunk"):
+                assert isinstance(number, int)
+                wanted[number].append((scorer, part["document_id"].to_list()))
+        tasks = [
+            _ScoreTask(chunk, tuple(asked), self.store)
+            for chunk, asked in zip(chunks, wanted, strict=True)
+            if asked
+        ]
+        self._run(_score_chunk, tasks, "chunks scored")
+        return counts
+
+    def _score_sample(self, scorer: Scorer, sample: pl.DataFrame) -> int:
+        """Score the documents of a sample that have no score; returns how many."""
+        missing = sample.join(self.store.known(scorer), on="document_id", how="anti")
+        if missing.is_empty():
+            return 0
+        texts = self._texts_of(missing)
+        # Long documents first: the last tasks are short, and no worker waits long for another.
+        texts = texts.sort(pl.col("text").str.len_bytes(), "document_id", descending=[True, False])
+        tasks = []
+        for number, part in enumerate(texts.iter_slices(SAMPLE_TASK_DOCUMENTS)):
+            chunk = self.spool / f"asked-{scorer.key}-{number:06d}.parquet"
+            part.write_parquet(chunk, compression="lz4")
+            tasks.append(_ScoreTask(chunk, ((scorer, part["document_id"].to_list()),), self.store))
+        self._run(_score_chunk, tasks, f"parts scored by {scorer.key.split('-')[0]}")
+        return missing.height
+
+    def _texts_of(self, documents: pl.DataFrame) -> pl.DataFrame:
+        """Texts of documents: from the spool, else from their files again."""
+        wanted = documents.select("document_id").unique()
+        found = _spooled(self.spool, wanted)
+        absent = wanted.join(found, on="document_id", how="anti")
+        if absent.height:
+            only = self.spool / f"only-{absent.height}.npy"
+            np.save(only, np.sort(_as_keys(absent["document_id"].to_list())))
+            names = set(documents.join(absent, on="document_id", how="semi")["file"].to_list())
+            files = [file for file in pool_files(self.spec.location) if file.name in names]
+            offset = len(list(self.spool.glob("texts-*.parquet")))
+            tasks = [
+                _ReadTask(file, offset + number, self.spec, self.spool, None, only)
+                for number, file in enumerate(files)
+            ]
+            self._run(_read_file, tasks, "files read again")
+            found = _spooled(self.spool, wanted)
+        assert found.height == wanted.height, "a pool changed while it was read"
+        return found
+
+    def _run(self, function: Callable, tasks: Sequence, what: str) -> list:
+        """Run tasks and return their results in order."""
+        results: list = [None] * len(tasks)
+        done = 0
+
+        def on_done(index: int, result: object) -> None:
+            nonlocal done
+            results[index] = result
+            done += 1
+            self.on_progress(what, done, len(tasks))
+
+        self.workers.run(function, tasks, on_done)
+        return results
+
+
+# ---------------------------------------------------------------------------- a first look
+
+
+@dataclass(frozen=True, eq=False)
+class PoolSurvey:
+    """A pool as a first look sees it.
+
+    Attributes:
+        sample: documents of the reader's frame, the lowest content hashes first, distinct.
+        documents_of: rows of each domain, copies included.
+        quarantine: refused rows and files.
+        n_rows: rows that were read.
+    """
+
+    sample: pl.DataFrame
+    documents_of: dict[str, int]
+    quarantine: pl.DataFrame
+    n_rows: int
+
+
+def survey_pool(spec: PoolSpec, *, max_bytes: int) -> PoolSurvey:
+    """Read a pool once: what it holds, and a sample of at most `max_bytes` of text.
+
+    Raises:
+        PoolError: if there's no usable document, a domain has none, or too much was rejected.
+    """
+    sample, refused, n_rows = pl.DataFrame(), [pl.DataFrame(schema=QUARANTINE_SCHEMA)], 0
+    counts: dict[str, int] = {}
+    for file in pool_files(spec.location):
+        for documents, quarantine, n in pool_batches(file, spec):
+            n_rows += n
+            refused.append(quarantine)
+            for domain, count in documents["domain"].value_counts().iter_rows():
+                counts[domain] = counts.get(domain, 0) + count
+            kept = documents.drop("augmented", "twin_of", "fold_id")
+            if sample.height and sample["text"].str.len_bytes().sum() >= max_bytes:
+                kept = kept.filter(pl.col("document_id") < sample["document_id"][-1])
+            if kept.height:
+                both = pl.concat([sample, kept]) if sample.height else kept
+                both = both.sort("document_id", "domain", "file", "row").unique(
+                    ["domain", "document_id"], keep="first", maintain_order=True
+                )
+                size = pl.col("text").str.len_bytes()
+                sample = both.filter(size.cum_sum() - size < max_bytes)
+    quarantine = pl.concat(refused)
+    found = PoolDocuments(pl.DataFrame({"domain": list(counts)}), quarantine, n_rows)
+    check_usable(found, spec.location, spec.domains, spec.max_rejected_share)
+    return PoolSurvey(sample.sort("domain", "document_id"), counts, quarantine, n_rows)
+
+
+# ---------------------------------------------------------------------------- in the workers
+
+
+@dataclass(frozen=True)
+class _ReadTask:
+    """A file to read: documents that aren't `known`, or `only` some, go into the spool."""
+
+    file: PoolFile
+    number: int
+    spec: PoolSpec
+    spool: Path
+    known: Path | None
+    only: Path | None
+
+
+def _read_file(task: _ReadTask) -> int:
+    """Read one file into the spool; returns its rows."""
+    known = np.load(task.known, mmap_mode="r") if task.known else None
+    only = np.load(task.only, mmap_mode="r") if task.only else None
+    texts = _ChunkWriter(task.spool, f"texts-{task.number:06d}", CHUNK_BYTES)
+    manifest = _ChunkWriter(task.spool, f"manifest-{task.number:06d}", 8 * CHUNK_BYTES)
+    sample, n_rows, refused = pl.DataFrame(), 0, []
+    for documents, quarantine, n in pool_batches(task.file, task.spec):
+        n_rows += n
+        refused.append(quarantine)
+        keys = _as_keys(documents["document_id"].to_list())
+        new = _among(keys, only) if only is not None else ~_among(keys, known)
+        texts.add(documents.filter(pl.Series(new)).select(TEXT_COLUMNS))
+        if only is None:
+            manifest.add(documents.drop("text", "fold_id"))
+            sample = _lowest(sample, documents.filter(~pl.col("augmented")))
+    texts.close()
+    if only is None:
+        manifest.close()
+        name = f"{task.number:06d}.parquet"
+        pl.concat([pl.DataFrame(schema=QUARANTINE_SCHEMA), *refused]).write_parquet(
+            task.spool / f"quarantine-{name}"
+        )
+        if sample.height:
+            sample.write_parquet(task.spool / f"sample-{name}", compression="lz4")
+    return n_rows
+
+
+#: What a scorer sees of a document.
+TEXT_COLUMNS = ["document_id", "fold_id", "text", "prompt_chars"]
+
+
+@dataclass(frozen=True)
+class _ScoreTask:
+    """A spooled chunk, and which of its documents each scorer scores."""
+
+    chunk: Path
+    asked: tuple[tuple[Scorer, list[str]], ...]
+    store: ScoreStore
+
+
+def _score_chunk(task: _ScoreTask) -> None:
+    """Score a chunk and keep the scores."""
+    documents = pl.read_parquet(task.chunk).unique("document_id", keep="first", maintain_order=True)
+    for scorer, ids in task.asked:
+        wanted = pl.DataFrame({"document_id": ids})
+        part = documents.join(wanted, on="document_id", how="semi", maintain_order="left")
+        task.store.write(scorer, scorer.score(part))
+
+
+@dataclass(eq=False)
+class _ChunkWriter:
+    """Collects frames and writes them as numbered Parquet files of about `chunk_bytes`."""
+
+    folder: Path
+    name: str
+    chunk_bytes: int
+    parts: list[pl.DataFrame] = field(default_factory=list)
+    size: int = 0
+    n_written: int = 0
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Add rows."""
+        if frame.height:
+            self.parts.append(frame)
+            self.size += int(frame.estimated_size())
+            if self.size >= self.chunk_bytes:
+                self.close()
+
+    def close(self) -> None:
+        """Write what was collected."""
+        if self.parts:
+            path = self.folder / f"{self.name}-{self.n_written:06d}.parquet"
+            pl.concat(self.parts).write_parquet(path, compression="lz4")
+            self.parts, self.size, self.n_written = [], 0, self.n_written + 1
+
+
+# ---------------------------------------------------------------------------- small parts
+
+
+def _as_keys(ids: Sequence[str]) -> np.ndarray:
+    """The first 64 bits of document ids; shape (n,), uint64.
+
+    Two of a million documents agree in them with odds of 3e-8; such a one would be scored late.
+    """
+    if not len(ids):
+        return np.zeros(0, dtype=np.uint64)
+    digits = np.frombuffer("".join(ids).encode(), dtype=np.uint8).reshape(len(ids), -1)[:, :16]
+    values = np.where(digits < 58, digits - 48, digits - 87).astype(np.uint64)  # 0-9, a-f
+    shifts = np.arange(60, -1, -4, dtype=np.uint64)
+    return (values << shifts).sum(axis=1, dtype=np.uint64)
+
+
+def _among(keys: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+    """Tell which keys a sorted array holds."""
+    if known is None or not len(known):
+        return np.zeros(len(keys), dtype=bool)
+    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return known[place] == keys
+
+
+def _spooled(spool: Path, wanted: pl.DataFrame) -> pl.DataFrame:
+    """Texts of the wanted documents that lie in the spool."""
+    found = [
+        pl.DataFrame(schema=dict.fromkeys(TEXT_COLUMNS[:3], pl.String) | {"prompt_chars": pl.Int64})
+    ]
+    for chunk in sorted(spool.glob("texts-*.parquet")):
+        found.append(pl.read_parquet(chunk).join(wanted, on="document_id", how="semi"))
+    return pl.concat(found).unique("document_id", keep="first", maintain_order=True)
+
+
+def _lowest(sample: pl.DataFrame, documents: pl.DataFrame) -> pl.DataFrame:
+    """The documents with the lowest content hash of each domain, up to the sample's bytes.
+
+    Copies count: they are what the compression of a whole sample sees.
+    """
+    if documents.is_empty():
+        return sample
+    columns = ["domain", "document_id", "file", "row"]
+    if sample.height:
+        full = sample.group_by("domain").agg(
+            n=pl.col("n_bytes").sum(), highest=pl.col("document_id").max()
+        )
+        documents = documents.join(full, on="domain", how="left").filter(
+            (pl.col("n") < SAMPLE_BYTES).fill_null(True)
+            | (pl.col("document_id") <= pl.col("highest"))
+        )
+    fresh = documents.select(*columns, text=pl.col("text").str.slice(0, SAMPLE_CHARS)).with_columns(
+        n_bytes=pl.col("text").str.len_bytes().cast(pl.Int64)
+    )
+    both = pl.concat([sample, fresh]) if sample.height else fresh
+    before = (pl.col("n_bytes").cum_sum() - pl.col("n_bytes")).over("domain")
+    return both.sort(columns).filter(before < SAMPLE_BYTES)
+
+
+def _sample_ratios(paths: Sequence[Path]) -> dict[str, float]:
+    """Compressed over plain bytes of each domain's sample."""
+    sample = pl.DataFrame()
+    for path in paths:
+        part = pl.read_parquet(path)
+        sample = _lowest(sample, part) if sample.height else part
+    if sample.is_empty():
+        return {}
+    return {
+        domain: sample_compress_ratio("\n\n".join(texts).encode())
+        for domain, texts in sample.sort("domain", "document_id", "file", "row")
+        .group_by("domain", maintain_order=True)
+        .agg("text")
+        .iter_rows()
+    }
+
+
+def sample_compress_ratio(sample: bytes) -> float:
+    """Compressed bytes over bytes of a sample of a domain; low where documents repeat each other.
+
+    Zstandard at level 3: its window holds the whole sample, so copies far apart are seen.
+    """
+    import zstandard
+
+    if not sample:
+        return 1.0
+    return len(zstandard.ZstdCompressor(level=3).compress(sample)) / len(sample)
+
+
+def _near_duplicate_column(documents: pl.DataFrame, signatures: pl.DataFrame) -> pl.DataFrame:
+    """Flag near-duplicates among the documents of a domain; noisy twins apart.
+
+    The flag of an original is the same in a pool that has no twins.
+    """
+    flags = []
+    for part in documents.partition_by("domain", "augmented"):
+        found = part.select("document_id").join(
+            signatures, on="document_id", how="left", maintain_order="left"
+        )
+        flag = flag_near_duplicates(*signature_arrays(found["bands"], found["sketch"]))
+        flags.append(
+            found.select("document_id").with_columns(near_duplicate=pl.Series(flag.astype(float)))
+        )
+    # The same text in two domains: flagged where it has a neighbour in either.
+    return pl.concat(flags).group_by("document_id").agg(pl.col("near_duplicate").max())
