@@ -27,6 +27,7 @@ from causalmix_pipeline.adapters.noisy_twins import add_noisy_twins
 from causalmix_pipeline.adapters.pool_door import DoorRules
 from causalmix_pipeline.adapters.pool_files import PoolFile, pool_files
 from causalmix_pipeline.adapters.pool_reader import (
+    DOCUMENT_SCHEMA,
     QUARANTINE_SCHEMA,
     ColumnMap,
     PoolDocuments,
@@ -37,6 +38,7 @@ from causalmix_pipeline.adapters.pool_reader import (
 from causalmix_pipeline.adapters.score_store import ScoreStore
 from causalmix_pipeline.core.covariates import SAMPLE_BYTES, SAMPLE_CHARS
 from causalmix_pipeline.core.document_sample import sample_documents
+from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.scoring import Scorer
 from causalmix_pipeline.core.work import InProcess, WorkBackend
 
@@ -45,7 +47,7 @@ CHUNK_BYTES = 8 * 2**20
 #: A pool whose files are smaller is profiled in this process: starting others takes longer.
 SMALL_POOL_BYTES = 2 * 2**20
 #: Documents of a sample that one task scores with a model.
-SAMPLE_TASK_DOCUMENTS = 64
+SAMPLE_TASK_DOCUMENTS = 32
 
 #: Called with what is being done, how much of it is done, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -222,8 +224,9 @@ class _Profile:
         ]
         found = self._run(_read_file, tasks, "files read")
         n_rows = sum(found)
-        columns = pl.scan_parquet(sorted(self.spool.glob("manifest-*.parquet")))
-        frame = distinct_documents(columns.collect())
+        parts = [pl.read_parquet(p) for p in sorted(self.spool.glob("manifest-*.parquet"))]
+        nothing = pl.DataFrame(schema=DOCUMENT_SCHEMA | {"augmented": pl.Boolean}).drop("text")
+        frame = distinct_documents(pl.concat(parts) if parts else nothing)
         refused = [pl.read_parquet(p) for p in sorted(self.spool.glob("quarantine-*.parquet"))]
         quarantine = pl.concat([pl.DataFrame(schema=QUARANTINE_SCHEMA), *refused])
         originals = frame.filter(~pl.col("augmented"))
@@ -302,14 +305,19 @@ class _Profile:
             np.save(only, np.sort(_as_keys(absent["document_id"].to_list())))
             names = set(documents.join(absent, on="document_id", how="semi")["file"].to_list())
             files = [file for file in pool_files(self.spec.location) if file.name in names]
-            offset = len(list(self.spool.glob("texts-*.parquet")))
+            names_taken = [int(p.name.split("-")[1]) for p in self.spool.glob("texts-*.parquet")]
+            offset = max(names_taken, default=-1) + 1
             tasks = [
                 _ReadTask(file, offset + number, self.spec, self.spool, None, only)
                 for number, file in enumerate(files)
             ]
             self._run(_read_file, tasks, "files read again")
             found = _spooled(self.spool, wanted)
-        assert found.height == wanted.height, "a pool changed while it was read"
+        if found.height < wanted.height:
+            raise PoolError(
+                f"{self.spec.location} must stay as it is while it is profiled, but lost "
+                f"{wanted.height - found.height} documents: profile it again."
+            )
         return found
 
     def _run(self, function: Callable, tasks: Sequence, what: str) -> list:

