@@ -7,16 +7,21 @@ import sys
 from pathlib import Path
 
 import dagster as dg
+import polars as pl
 import pytest
 import yaml
 
+from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
 from causalmix_pipeline.cli import app, main, ui_command
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 from causalmix_pipeline.workspace import find_config, hold_project, root_cause
 from causalmix_pipeline_tests.conftest import write_documents
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["demo", "plan", "refresh", "status", "init", "ui", "doctor"]
+COMMANDS = [
+    "demo", "plan", "refresh", "status", "init", "ui", "doctor", "profile", "covariates",
+    "fetch-scorer",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +45,8 @@ def change_settings(path: Path, **sections) -> None:
 
 
 def test_the_commands_are_these():
-    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
-        COMMANDS
-    )
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert sorted(names) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -195,8 +199,8 @@ def test_a_refresh_of_a_changed_pool_makes_the_live_side_and_trains_nothing(fini
     assert done.returncode == 0, text
     made = re.search(r"Re-materialised: (.*?)\. proxy", text)
     assert made and sorted(made[1].split(", ")) == [
-        "baseline_mixtures", "live_covariates", "live_documents", "recommended_mixture", "report",
-        "training_export",
+        "baseline_mixtures", "live_changes", "live_covariates", "live_documents",
+        "recommended_mixture", "report", "training_export",
     ]  # fmt: skip
     assert "proxy runs trained: 0" in text
     assert "Overlap verdict: " in text
@@ -288,3 +292,62 @@ def test_the_ui_listens_on_this_machine_only():
     assert command[command.index("-h") + 1] == "127.0.0.1"
     assert command[command.index("-p") + 1] == "3456"
     assert "causalmix_pipeline.definitions" in command
+
+
+# Profile
+
+
+def test_a_pool_is_profiled_without_settings_into_a_folder(project_file):
+    live = project_file.parent / "live"
+
+    status, text = call("profile", str(live), "--out", "found")
+
+    assert status == 0, text
+    assert "144 rows read, 0 refused, 144 distinct documents, 144 scored now" in text
+    covariates = read_value(Path("found") / "covariates.parquet")
+    assert set(covariates["domain"]) == {"code", "math", "talk"}
+    row = covariates.filter(domain="math", covariate="mtld").row(0, named=True)
+    assert row["value"] > 0 and row["se"] > 0
+
+
+def test_a_pool_is_compared_with_its_profile_before(project_file):
+    live = project_file.parent / "live"
+    call("profile", str(live), "--out", "before")
+    write_documents(live / "math" / "added.jsonl", "math", n=12, n_words=900, seed=9)
+
+    status, text = call("profile", str(live), "--out", "after", "--like", "before")
+
+    assert status == 0, text
+    assert "156 distinct documents, 12 scored now" in text
+    assert re.search(r"math 12 0 48", text), text
+    moves = read_value(Path("after") / "changes.parquet")
+    assert moves["domain"][0] == "math"
+
+
+def test_a_pool_on_another_scale_is_not_compared(project_file):
+    live = project_file.parent / "live"
+    call("profile", str(live), "--out", "before")
+    frame = read_value(Path("before") / "documents.parquet")
+    older = frame.with_columns(scorers=pl.lit("characters-v0;" + frame["scorers"][0]))
+    write_value(Path("before") / "documents.parquet", older)
+
+    status, text = call("profile", str(live), "--like", "before")
+
+    assert status == 2
+    assert "must be profiled as before was" in text and "characters-v0" in text
+
+
+def test_a_folder_that_is_no_profile_is_refused(project_file):
+    status, text = call("profile", str(project_file.parent / "live"), "--like", "nowhere")
+
+    assert status == 2
+    assert "--like must be the folder of an earlier `causalmix profile`" in text
+
+
+def test_covariates_are_tried_on_the_runs_at_hand(finished):
+    status, text = call("covariates", "--config", str(finished))
+
+    assert status == 0, text
+    assert "R2 within unseen states" in text
+    assert "permuted" in text and "none: none" in text
+    assert "Used now: log2_tokens" in text

@@ -49,7 +49,10 @@ CHECK_NAMES = {
     "mixture_sums_to_one",
     "within_reach",
 }
-HEAVY = ("torch", "transformers", "econml", "lightgbm", "sklearn", "tokenizers", "gensim", "scipy")
+HEAVY = (
+    "torch", "transformers", "econml", "lightgbm", "sklearn", "tokenizers", "gensim", "scipy",
+    "numba", "pyarrow", "ray", "tiktoken", "py3langid", "dataframely", "rensa",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,13 @@ def test_the_jobs_sensors_and_the_schedule_are_there(definitions):
     repository = definitions.get_repository_def()
 
     jobs = {job.name for job in repository.get_all_jobs()} - {"__ASSET_JOB"}
-    assert jobs == {"experiment", "refresh", "validate", "adopt_experiment_pool"}
+    assert jobs == {
+        "experiment",
+        "refresh",
+        "validate",
+        "choose_covariates",
+        "adopt_experiment_pool",
+    }
     assert {s.name for s in repository.sensor_defs} == {"live_pool_sensor", "live_side_sensor"}
     assert [s.name for s in repository.schedule_defs] == ["daily_refresh"]
 

@@ -44,6 +44,8 @@ from causalmix_pipeline.core.work import InProcess, WorkBackend
 
 #: Bytes of text in a chunk, the unit of scoring: about a few seconds of work.
 CHUNK_BYTES = 8 * 2**20
+#: What a whole chunk takes on the disk, compressed, about.
+SPOOLED_CHUNK_BYTES = 4 * 2**20
 #: A pool whose files are smaller is profiled in this process: starting others takes longer.
 SMALL_POOL_BYTES = 2 * 2**20
 #: Documents of a sample that one task scores with a model.
@@ -188,7 +190,7 @@ class _Profile:
             n_scored[scorer] += n
         documents = manifest
         for scorer in whole:
-            scores = self.store.read(scorer, manifest)
+            scores = self.store.read(scorer)
             if isinstance(scorer, MinHashScorer):
                 scores = _near_duplicate_column(manifest, scores)
             documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
@@ -202,7 +204,7 @@ class _Profile:
             assert plan.budget_tokens is not None
             sample = sample_documents(documents, budget_tokens=plan.budget_tokens)
             n_scored[plan.scorer.key] += self._score_sample(plan.scorer, sample)
-            scores = self.store.read(plan.scorer, sample)
+            scores = self.store.read(plan.scorer).join(sample, on="document_id", how="semi")
             documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
         for plan in self.plans:
             self.store.tidy(plan.scorer)
@@ -264,16 +266,22 @@ class _Profile:
                 for number, chunk in enumerate(chunks)
             ]
         ).unique("document_id", keep="first", maintain_order=True)
-        wanted: list[list[tuple[Scorer, list[str]]]] = [[] for _ in chunks]
+        groups = _grouped([chunk.stat().st_size for chunk in chunks])
+        ids = ids.with_columns(task=pl.Series(groups).gather(ids["chunk"]))
+        wanted: list[list[tuple[Scorer, list[str]]]] = [[] for _ in range(groups[-1] + 1)]
         for scorer in scorers:
             missing = ids.join(self.store.known(scorer), on="document_id", how="anti")
             counts[scorer.key] = missing.height
-            for (number,), part in missing.group_by("chunk"):
+            for (number,), part in missing.group_by("task"):
                 assert isinstance(number, int)
                 wanted[number].append((scorer, part["document_id"].to_list()))
         tasks = [
-            _ScoreTask(chunk, tuple(asked), self.store)
-            for chunk, asked in zip(chunks, wanted, strict=True)
+            _ScoreTask(
+                tuple(c for c, g in zip(chunks, groups, strict=True) if g == number),
+                tuple(asked),
+                self.store,
+            )
+            for number, asked in enumerate(wanted)
             if asked
         ]
         self._run(_score_chunk, tasks, "chunks scored")
@@ -291,7 +299,8 @@ class _Profile:
         for number, part in enumerate(texts.iter_slices(SAMPLE_TASK_DOCUMENTS)):
             chunk = self.spool / f"asked-{scorer.key}-{number:06d}.parquet"
             part.write_parquet(chunk, compression="lz4")
-            tasks.append(_ScoreTask(chunk, ((scorer, part["document_id"].to_list()),), self.store))
+            asked = ((scorer, part["document_id"].to_list()),)
+            tasks.append(_ScoreTask((chunk,), asked, self.store))
         self._run(_score_chunk, tasks, f"parts scored by {scorer.key.split('-')[0]}")
         return missing.height
 
@@ -434,16 +443,18 @@ TEXT_COLUMNS = ["document_id", "fold_id", "text", "prompt_chars"]
 
 @dataclass(frozen=True)
 class _ScoreTask:
-    """A spooled chunk, and which of its documents each scorer scores."""
+    """Spooled chunks, and which of their documents each scorer scores."""
 
-    chunk: Path
+    chunks: tuple[Path, ...]
     asked: tuple[tuple[Scorer, list[str]], ...]
     store: ScoreStore
 
 
 def _score_chunk(task: _ScoreTask) -> None:
-    """Score a chunk and keep the scores."""
-    documents = pl.read_parquet(task.chunk).unique("document_id", keep="first", maintain_order=True)
+    """Score chunks and keep the scores."""
+    documents = pl.concat([pl.read_parquet(chunk) for chunk in task.chunks]).unique(
+        "document_id", keep="first", maintain_order=True
+    )
     for scorer, ids in task.asked:
         wanted = pl.DataFrame({"document_id": ids})
         part = documents.join(wanted, on="document_id", how="semi", maintain_order="left")
@@ -478,6 +489,17 @@ class _ChunkWriter:
 
 
 # ---------------------------------------------------------------------------- small parts
+
+
+def _grouped(sizes: Sequence[int]) -> list[int]:
+    """Numbers of tasks for chunks of these bytes: neighbours share one up to a chunk's size."""
+    groups, number, filled = [], 0, 0
+    for size in sizes:
+        if filled and filled + size > SPOOLED_CHUNK_BYTES:
+            number, filled = number + 1, 0
+        groups.append(number)
+        filled += size
+    return groups
 
 
 def _as_keys(ids: Sequence[str]) -> np.ndarray:

@@ -1,24 +1,24 @@
 """Scores of documents, kept by content: a document is scored once by each scorer and version.
 
-One folder a scorer key, one file a scored chunk, each written whole and sealed. A changed version
-is another key, so it rescores that scorer's metrics alone; a document that left a pool isn't asked
-for any more.
+One folder a scorer key, one Parquet file a scored chunk, named by the hash of its own bytes and
+written whole: a damaged file is known by its name. A changed version is another key, so it rescores
+that scorer's metrics alone; a document that left a pool isn't asked for any more.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
-from causalmix_pipeline.core.errors import PoolError
+from causalmix_pipeline.adapters.blobs import write_atomically
 from causalmix_pipeline.core.scoring import Scorer
 
 #: More parts than this are joined into one after scoring: a look-up opens each of them.
@@ -35,43 +35,22 @@ class ScoreStore:
 
     root: Path
 
-    def read(self, scorer: Scorer, documents: pl.DataFrame | None = None) -> pl.DataFrame:
-        """The scores of a scorer, one row per document.
-
-        Args:
-            scorer: whose scores.
-            documents: only those in its column `document_id`; None reads all.
-
-        Returns:
-            `document_id` and the scorer's metrics; documents without scores have no row.
-        """
-        parts = []
-        for part in self._parts(scorer):
-            frame = _read_part(part)
-            if frame is not None and documents is not None:
-                frame = frame.join(documents, on="document_id", how="semi")
-            if frame is not None:
-                parts.append(frame)
-        columns = ["document_id", *scorer.metrics]
-        if not parts:
-            return pl.DataFrame(schema={"document_id": pl.String}).with_columns(
-                pl.lit(None, dtype=pl.Float64).alias(name) for name in scorer.metrics
-            )
-        # A chunk that was scored twice around a crash gave the same values.
-        return pl.concat(parts).select(columns).unique("document_id", keep="first")
+    def read(self, scorer: Scorer) -> pl.DataFrame:
+        """All scores of a scorer: `document_id` and its metrics, one row per document."""
+        return self._read(scorer, ["document_id", *scorer.metrics])
 
     def known(self, scorer: Scorer) -> pl.DataFrame:
         """Ids of the documents that a scorer has scored; one column, `document_id`."""
-        return self.read(scorer).select("document_id")
+        return self._read(scorer, ["document_id"])
 
     def write(self, scorer: Scorer, scores: pl.DataFrame) -> None:
         """Keep scores: `document_id` and the scorer's metrics."""
         if scores.is_empty():
             return
-        scores = scores.select("document_id", *scorer.metrics)
-        text = "\n".join(scores["document_id"].to_list())
-        name = hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-        write_value(self._folder(scorer) / f"{name}.parquet", scores)
+        buffer = io.BytesIO()
+        scores.select("document_id", *scorer.metrics).write_parquet(buffer, compression="zstd")
+        content = buffer.getvalue()
+        write_atomically(self._folder(scorer) / f"{_name_of(content)}.parquet", content)
 
     def tidy(self, scorer: Scorer) -> None:
         """Join the parts of a scorer if they are many; only while the store is locked."""
@@ -80,7 +59,7 @@ class ScoreStore:
             return
         self.write(scorer, self.read(scorer).sort("document_id"))
         for part in parts:
-            part.unlink()
+            part.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -102,11 +81,25 @@ class ScoreStore:
     def _parts(self, scorer: Scorer) -> list[Path]:
         return sorted(self._folder(scorer).glob("[!.]*.parquet"))
 
+    def _read(self, scorer: Scorer, columns: Sequence[str]) -> pl.DataFrame:
+        read = [_read_part(part, columns) for part in self._parts(scorer)]
+        parts = [part for part in read if part is not None]
+        if not parts:
+            return pl.DataFrame(schema={"document_id": pl.String}).with_columns(
+                pl.lit(None, dtype=pl.Float64).alias(name) for name in columns[1:]
+            )
+        # A chunk that was scored twice around a crash gave the same values.
+        return pl.concat(parts).unique("document_id", keep="first")
 
-def _read_part(path: Path) -> pl.DataFrame | None:
-    """A part's scores; a damaged part is put aside, and its documents are scored again."""
-    try:
-        return read_value(path)
-    except PoolError:
+
+def _name_of(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _read_part(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
+    """A part's columns; a damaged part is put aside, and its documents are scored again."""
+    content = path.read_bytes()
+    if _name_of(content) != path.stem:
         path.replace(path.with_suffix(".damaged"))
         return None
+    return pl.read_parquet(io.BytesIO(content), columns=list(columns))

@@ -60,7 +60,7 @@ def _feed_series(digest: Any, series: pl.Series) -> None:
     elif series.dtype == pl.String:
         filled = series.fill_null("")
         digest.update(filled.str.len_bytes().to_numpy().astype(np.int64).tobytes())
-        digest.update("".join(filled.to_list()).encode())
+        digest.update(filled.str.join("").item().encode())
     elif series.dtype == pl.Binary:
         values = series.fill_null(b"").to_list()
         digest.update(np.fromiter(map(len, values), dtype=np.int64, count=len(values)).tobytes())

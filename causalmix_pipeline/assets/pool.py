@@ -38,7 +38,7 @@ MIN_DOCUMENTS = 20
 
 #: Most text that the tokenizer and the token frequencies are made from; of a larger pool, the
 #: documents with the lowest content hash.
-TOKENIZER_BYTES = 64 * 2**20
+TOKENIZER_BYTES = 16 * 2**20
 
 
 #: External: files that people write; it changes when its content is adopted by an observation.
