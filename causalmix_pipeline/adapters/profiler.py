@@ -9,6 +9,7 @@ where it was: only the chunks in flight are scored again.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from causalmix_pipeline.adapters.file_catalogues import Catalogues, catalogue_name
 from causalmix_pipeline.adapters.near_duplicates import (
     MinHashScorer,
     flag_near_duplicates,
@@ -221,16 +223,20 @@ class _Profile:
         files = pool_files(self.spec.location)
         known = self._known_ids(scorers)
         tasks = [
-            _ReadTask(file, number, self.spec, self.spool, known, None)
+            _ReadTask(file, number, self.spec, self.spool, known, None, self.catalogues)
             for number, file in enumerate(files)
         ]
-        found = self._run(_read_file, tasks, "files read")
-        n_rows = sum(found)
-        parts = [pl.read_parquet(p) for p in sorted(self.spool.glob("manifest-*.parquet"))]
+        names = self._run(_read_file, tasks, "files read")
+        self.catalogues.keep_only(names)
+
+        def of_all(kind: str) -> list[pl.DataFrame]:
+            return [part for name in names for part in self.catalogues.read(name, kind)]
+
+        n_rows = sum(self.catalogues.n_rows(name) or 0 for name in names)
         nothing = pl.DataFrame(schema=DOCUMENT_SCHEMA | {"augmented": pl.Boolean}).drop("text")
+        parts = of_all("documents")
         frame = distinct_documents(pl.concat(parts) if parts else nothing)
-        refused = [pl.read_parquet(p) for p in sorted(self.spool.glob("quarantine-*.parquet"))]
-        quarantine = pl.concat([pl.DataFrame(schema=QUARANTINE_SCHEMA), *refused])
+        quarantine = pl.concat([pl.DataFrame(schema=QUARANTINE_SCHEMA), *of_all("quarantine")])
         originals = frame.filter(~pl.col("augmented"))
         check_usable(
             PoolDocuments(originals, quarantine, n_rows),
@@ -238,18 +244,23 @@ class _Profile:
             self.spec.domains,
             self.spec.max_rejected_share,
         )
-        ratios = _sample_ratios(sorted(self.spool.glob("sample-*.parquet")))
+        ratios = _sample_ratios(of_all("sample"))
         return frame.sort("domain", "augmented", "document_id"), quarantine, n_rows, ratios
 
+    @property
+    def catalogues(self) -> Catalogues:
+        """What the files of this pool held when they were read last."""
+        place = hashlib.blake2b(str(self.spec.location).encode(), digest_size=8).hexdigest()
+        return Catalogues(self.store.root / ".files" / place)
+
     def _known_ids(self, scorers: Sequence[Scorer]) -> Path:
-        """Ids that every scorer has scored, as a sorted array that workers map."""
-        known: pl.DataFrame | None = None
+        """Keys of documents that every scorer has scored, as a sorted array that workers map."""
+        known: np.ndarray | None = None
         for scorer in scorers:
-            ids = self.store.known(scorer)
-            known = ids if known is None else known.join(ids, on="document_id", how="semi")
+            keys = np.unique(_as_keys(self.store.known(scorer)["document_id"]))
+            known = keys if known is None else np.intersect1d(known, keys, assume_unique=True)
         path = self.spool / "known.npy"
-        ids = [] if known is None else known["document_id"].to_list()
-        np.save(path, np.sort(_as_keys(ids)))
+        np.save(path, np.zeros(0, dtype=np.uint64) if known is None else known)
         return path
 
     # ------------------------------------------------------------------ scoring
@@ -311,13 +322,13 @@ class _Profile:
         absent = wanted.join(found, on="document_id", how="anti")
         if absent.height:
             only = self.spool / f"only-{absent.height}.npy"
-            np.save(only, np.sort(_as_keys(absent["document_id"].to_list())))
+            np.save(only, np.sort(_as_keys(absent["document_id"])))
             names = set(documents.join(absent, on="document_id", how="semi")["file"].to_list())
             files = [file for file in pool_files(self.spec.location) if file.name in names]
             names_taken = [int(p.name.split("-")[1]) for p in self.spool.glob("texts-*.parquet")]
             offset = max(names_taken, default=-1) + 1
             tasks = [
-                _ReadTask(file, offset + number, self.spec, self.spool, None, only)
+                _ReadTask(file, offset + number, self.spec, self.spool, None, only, self.catalogues)
                 for number, file in enumerate(files)
             ]
             self._run(_read_file, tasks, "files read again")
@@ -407,34 +418,44 @@ class _ReadTask:
     spool: Path
     known: Path | None
     only: Path | None
+    catalogues: Catalogues
 
 
-def _read_file(task: _ReadTask) -> int:
-    """Read one file into the spool; returns its rows."""
+def _read_file(task: _ReadTask) -> str:
+    """Bring a file's new texts into the spool and its rows into a catalogue; returns its name.
+
+    A file that was catalogued and has nothing new isn't read.
+    """
     known = np.load(task.known, mmap_mode="r") if task.known else None
     only = np.load(task.only, mmap_mode="r") if task.only else None
+    spec = task.spec
+    name = catalogue_name(task.file, spec.columns, spec.rules, spec.domains, spec.noise_seed)
+    if only is None and task.catalogues.n_rows(name) is not None:
+        ids = task.catalogues.read(name, "documents", ["document_id"])
+        if all(_among(_as_keys(part["document_id"]), known).all() for part in ids):
+            return name
     texts = _ChunkWriter(task.spool, f"texts-{task.number:06d}", CHUNK_BYTES)
-    manifest = _ChunkWriter(task.spool, f"manifest-{task.number:06d}", 8 * CHUNK_BYTES)
-    sample, n_rows, refused = pl.DataFrame(), 0, []
-    for documents, quarantine, n in pool_batches(task.file, task.spec):
+    folder = task.spool / f"file-{task.number:06d}"
+    folder.mkdir(exist_ok=True)
+    rows = _ChunkWriter(folder, "documents", 8 * CHUNK_BYTES)
+    sample, n_rows, refused = pl.DataFrame(), 0, [pl.DataFrame(schema=QUARANTINE_SCHEMA)]
+    for documents, quarantine, n in pool_batches(task.file, spec):
         n_rows += n
         refused.append(quarantine)
-        keys = _as_keys(documents["document_id"].to_list())
+        keys = _as_keys(documents["document_id"])
         new = _among(keys, only) if only is not None else ~_among(keys, known)
         texts.add(documents.filter(pl.Series(new)).select(TEXT_COLUMNS))
         if only is None:
-            manifest.add(documents.drop("text", "fold_id"))
+            rows.add(documents.drop("text", "fold_id"))
             sample = _lowest(sample, documents.filter(~pl.col("augmented")))
     texts.close()
     if only is None:
-        manifest.close()
-        name = f"{task.number:06d}.parquet"
-        pl.concat([pl.DataFrame(schema=QUARANTINE_SCHEMA), *refused]).write_parquet(
-            task.spool / f"quarantine-{name}"
-        )
+        rows.close()
+        pl.concat(refused).write_parquet(folder / "quarantine.parquet")
         if sample.height:
-            sample.write_parquet(task.spool / f"sample-{name}", compression="lz4")
-    return n_rows
+            sample.write_parquet(folder / "sample.parquet", compression="zstd")
+        task.catalogues.write(name, sorted(folder.iterdir()), n_rows)
+    return name
 
 
 #: What a scorer sees of a document.
@@ -502,17 +523,12 @@ def _grouped(sizes: Sequence[int]) -> list[int]:
     return groups
 
 
-def _as_keys(ids: Sequence[str]) -> np.ndarray:
+def _as_keys(ids: pl.Series) -> np.ndarray:
     """The first 64 bits of document ids; shape (n,), uint64.
 
     Two of a million documents agree in them with odds of 3e-8; such a one would be scored late.
     """
-    if not len(ids):
-        return np.zeros(0, dtype=np.uint64)
-    digits = np.frombuffer("".join(ids).encode(), dtype=np.uint8).reshape(len(ids), -1)[:, :16]
-    values = np.where(digits < 58, digits - 48, digits - 87).astype(np.uint64)  # 0-9, a-f
-    shifts = np.arange(60, -1, -4, dtype=np.uint64)
-    return (values << shifts).sum(axis=1, dtype=np.uint64)
+    return ids.str.head(16).str.to_integer(base=16, dtype=pl.UInt64).to_numpy()
 
 
 def _among(keys: np.ndarray, known: np.ndarray | None) -> np.ndarray:
@@ -557,11 +573,10 @@ def _lowest(sample: pl.DataFrame, documents: pl.DataFrame) -> pl.DataFrame:
     return both.sort(columns).filter(before < SAMPLE_BYTES)
 
 
-def _sample_ratios(paths: Sequence[Path]) -> dict[str, float]:
+def _sample_ratios(samples: Sequence[pl.DataFrame]) -> dict[str, float]:
     """Compressed over plain bytes of each domain's sample."""
     sample = pl.DataFrame()
-    for path in paths:
-        part = pl.read_parquet(path)
+    for part in samples:
         sample = _lowest(sample, part) if sample.height else part
     if sample.is_empty():
         return {}

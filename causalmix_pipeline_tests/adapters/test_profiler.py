@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from causalmix_pipeline.adapters import profiler
 from causalmix_pipeline.adapters.experiment import PoolTokenizer
 from causalmix_pipeline.adapters.local_workers import LocalWorkers
 from causalmix_pipeline.adapters.pool_reader import read_pool
@@ -175,7 +176,8 @@ def test_a_sample_is_scored_within_its_budget_and_its_texts_are_found_again(spec
     assert again.documents.equals(found.documents)
 
 
-def test_a_damaged_part_is_put_aside_and_its_documents_scored_again(spec, tmp_path):
+def test_a_damaged_part_is_put_aside_and_its_documents_scored_again(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiler, "SPOOLED_CHUNK_BYTES", 1)  # a task for each file
     counting = CountingScorer(tmp_path / "log")
     first = profile(spec, tmp_path, ScorerPlan(counting))
     part = next((tmp_path / "scores" / counting.key).glob("*.parquet"))
@@ -190,7 +192,35 @@ def test_a_damaged_part_is_put_aside_and_its_documents_scored_again(spec, tmp_pa
     assert len(list((tmp_path / "scores" / counting.key).glob("*.damaged"))) == 1
 
 
+def test_an_unchanged_file_is_not_read_again(spec, tmp_path, monkeypatch):
+    """Its catalogue is kept by its content, and by how it is read."""
+    first, read = profile(spec, tmp_path), []
+    real = profiler.read_batches
+    monkeypatch.setattr(
+        profiler, "read_batches", lambda file, *a: (read.append(file.name), real(file, *a))[1]
+    )
+    path = Path(spec.location) / "math.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+
+    again = profile(spec, tmp_path)
+    assert read == [] and again.documents.equals(first.documents)
+    path.write_text("".join(lines[:-1]))
+    fewer = profile(spec, tmp_path)
+    assert set(read) == {"math.jsonl"} and fewer.documents.height == 89
+    other = profile(replace(spec, columns=replace(spec.columns, source=None)), tmp_path)
+    assert set(other.documents["source"]) == {"code", "math", "prose"}
+
+
+def test_a_damaged_catalogue_is_read_from_the_file_again(spec, tmp_path):
+    first = profile(spec, tmp_path)
+    for part in (tmp_path / "scores" / ".files").rglob("documents*.parquet"):
+        part.write_bytes(part.read_bytes()[:-1] + b"?")
+
+    assert profile(spec, tmp_path).documents.equals(first.documents)
+
+
 def test_many_parts_are_joined_into_one(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiler, "SPOOLED_CHUNK_BYTES", 1)
     monkeypatch.setattr("causalmix_pipeline.adapters.score_store.MAX_PARTS", 2)
     counting = CountingScorer(tmp_path / "log")
 
@@ -204,6 +234,7 @@ def test_many_parts_are_joined_into_one(spec, tmp_path, monkeypatch):
 
 
 def _profile_slowly(spec: PoolSpec, root: Path) -> None:
+    profiler.SPOOLED_CHUNK_BYTES = 1  # a task for each file
     counting = CountingScorer(root / "log", seconds=0.3)
     profile(spec, root, ScorerPlan(counting))
 

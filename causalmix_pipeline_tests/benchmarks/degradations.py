@@ -255,7 +255,7 @@ def with_sample_ratio_error(moves: pl.DataFrame, domain: str, error: float) -> p
     return moves.with_columns(
         se=pl.when(here).then(error).otherwise("se"),
         z=pl.when(here).then(pl.col("difference") / error).otherwise("z"),
-    )
+    ).with_columns(pl.col("se", "z").fill_nan(None))
 
 
 def false_alarms(documents: pl.DataFrame, domain: str, *, splits: int = 100) -> tuple[float, int]:
@@ -287,28 +287,57 @@ def table(moves: pl.DataFrame, domain: str, covariates: Sequence[str]) -> str:
     """Markdown: a row per covariate of the spoiled domain, a column per degradation.
 
     Args:
-        moves: of all degradations of a domain, with `degradation`.
+        moves: of all degradations of the domain, with `degradation` and `spoiled`.
         domain: the spoiled one.
         covariates: in the order of the rows; others follow.
     """
-    kinds = moves["degradation"].unique(maintain_order=True).to_list()
-    inside, outside = (
-        moves.filter(pl.col("domain") == domain),
-        moves.filter(pl.col("domain") != domain),
-    )
-    wide = inside.pivot("degradation", index="covariate", values="z", maintain_order=True)
-    order = {name: place for place, name in enumerate(covariates)}
-    lines = [
-        f"| {domain} | {' | '.join(kinds)} |",
-        "| --- |" + " --- |" * len(kinds),
-    ]
-    for name, *values in sorted(wide.iter_rows(), key=lambda row: order.get(row[0], len(order))):
-        minor = name.startswith(LANGUAGE_PREFIX) and name != LANGUAGE_PREFIX + "en"
-        if not minor or any(z is not None and abs(z) > SEEN for z in values):
-            lines.append(f"| `{name}` | {' | '.join(map(cell, values))} |")
+    moves = moves.filter(pl.col("spoiled") == domain)
+    outside = moves.filter(pl.col("domain") != domain)
     largest = outside.group_by("degradation", maintain_order=True).agg(pl.col("z").abs().max())["z"]
-    lines.append(f"| other domains, largest | {' | '.join(map(cell, largest))} |")
-    return "\n".join(lines)
+    wide = _wide(moves.filter(pl.col("domain") == domain), "z", covariates)
+    lines = [[f"`{name}`", *map(cell, values)] for name, *values in wide.iter_rows()]
+    return _markdown(
+        [domain, *wide.columns[1:]], [*lines, ["other domains, largest", *map(cell, largest)]]
+    )
+
+
+def summary(moves: pl.DataFrame, covariates: Sequence[str]) -> str:
+    """Markdown: spoiled domains whose covariate moved by more than 3 standard errors; as `table`.
+
+    A covariate that isn't measured in all of the domains has both numbers.
+    """
+    inside = moves.filter(pl.col("domain") == pl.col("spoiled"))
+    n_domains = inside["spoiled"].n_unique()
+    counts = inside.group_by("degradation", "covariate", maintain_order=True).agg(
+        seen=(pl.col("z").abs() > SEEN).sum(), n=pl.col("z").count()
+    )
+    text = pl.format("{} of {}", "seen", "n")
+    counts = counts.with_columns(
+        text=pl.when(pl.col("n") == n_domains).then(pl.col("seen").cast(pl.String)).otherwise(text),
+        z=pl.when(pl.col("seen") > 0).then(float("inf")),
+    )
+    wide = _wide(counts, "text", covariates)
+    rows = [[f"`{name}`", *(v or "" for v in values)] for name, *values in wide.iter_rows()]
+    return _markdown([f"of {n_domains} domains", *wide.columns[1:]], rows)
+
+
+def _wide(moves: pl.DataFrame, values: str, covariates: Sequence[str]) -> pl.DataFrame:
+    """A row per covariate, a column per degradation; of the languages English and those seen."""
+    order = {name: place for place, name in enumerate(covariates)}
+    seen = pl.col("z").abs().max().over("covariate") > SEEN
+    minor = pl.col("covariate").str.starts_with(LANGUAGE_PREFIX)
+    english = pl.col("covariate") == LANGUAGE_PREFIX + "en"
+    kept = moves.filter(~minor | english | seen).with_columns(
+        place=pl.col("covariate").replace_strict(order, default=len(order))
+    )
+    wide = kept.pivot("degradation", index=["covariate", "place"], values=values)
+    order_of_kinds = moves["degradation"].unique(maintain_order=True).to_list()
+    return wide.sort("place", "covariate").select("covariate", *order_of_kinds)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -342,10 +371,11 @@ def main() -> None:
     before = profile(clean, plans, store)
     domains = sorted(before["domain"].unique().to_list())
     print(f"clean pool profiled in {time.time() - started:.0f} s", flush=True)
+    every: list[pl.DataFrame] = []
+    rows = (*covariates_of(before), *MODEL_METRICS)
     for domain in args.domain or ["encyclopedia"]:
         error = sample_ratio_error(read_texts(clean, domain), seed=args.seed)
         before_models = profile(clean, models, store, domain)
-        found = []
         for kind in args.kind or DEGRADATIONS:
             with TemporaryDirectory(dir=args.out) as folder:
                 pool = Path(folder)
@@ -359,12 +389,12 @@ def main() -> None:
             )
             moves = pl.concat([compare(before, after, domains), of_models])
             moves = with_sample_ratio_error(moves, domain, float(np.hypot(error, spoiled)))
-            found.append(moves.select(pl.lit(kind).alias("degradation"), pl.all()))
-        moves = pl.concat(found)
-        moves.write_csv(args.out / f"degradations_{domain}.csv")
-        print(table(moves, domain, [*covariates_of(before), *MODEL_METRICS]), flush=True)
+            every.append(moves.with_columns(degradation=pl.lit(kind), spoiled=pl.lit(domain)))
+        print(table(pl.concat(every), domain, rows), flush=True)
         share, n = false_alarms(before, domain)
         print(f"random halves of {domain}: {100 * share:.2f}% of {n} moves above {SEEN:g}\n")
+    pl.concat(every).write_csv(args.out / "degradations.csv")
+    print(summary(pl.concat(every), rows))
     print(f"{time.time() - started:.0f} s")
 
 
