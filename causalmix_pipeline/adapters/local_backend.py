@@ -71,7 +71,7 @@ class LocalBackend:
         except WorkError as error:
             raise ProxyError(
                 f"proxy runs stopped: {error} Finished runs are kept: start again to go on, with "
-                "fewer proxy.workers or a smaller proxy.models_per_stack if memory was short."
+                "fewer backend.workers or a smaller proxy.models_per_stack if memory was short."
             ) from error
 
     def _stacks(self, specs: Sequence[ProxySpec]) -> list[list[ProxySpec]]:
