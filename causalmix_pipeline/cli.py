@@ -66,7 +66,12 @@ def profile(
     pool: Annotated[
         str | None, typer.Argument(help="Folder, file, glob or URL; without it the live pool.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; data/profile.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write; data/profile. An earlier profile there gives the scale."
+        ),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(help="Folder of an earlier profile: same scale, and what changed since."),

@@ -28,13 +28,7 @@ from causalmix_pipeline.core.pool_change import PoolChange, compare_profiles, co
 from causalmix_pipeline.resources.project import Project
 
 #: Covariates of the table on the screen; all of them are in the folder.
-SHOWN = (
-    "compress_ratio",
-    "bigram_cross_entropy",
-    "mtld",
-    "writing_style_composite",
-    "near_duplicate",
-)
+SHOWN = ("compress_ratio", "bigram_cross_entropy", "mtld", "near_duplicate")
 
 
 def profile_to_folder(
@@ -52,7 +46,8 @@ def profile_to_folder(
         location: the pool.
         out: where to write.
         console: where to print.
-        like: folder of an earlier profile, whose scale is used and which is compared with.
+        like: folder of an earlier profile, whose scale is used and which is compared with; without
+            it, an earlier profile in `out` gives the scale.
 
     Raises:
         ConfigError: if `like` is no profile.
@@ -63,6 +58,8 @@ def profile_to_folder(
     with progress_bars(console) as on_progress:
         if like is not None:
             tokenizer = read_tokenizer(like)
+        elif (out / "tokenizer.json").is_file():  # a pool that is profiled again keeps its scale
+            tokenizer = read_tokenizer(out)
         else:
             on_progress("looks at the pool", 0, 1)
             sample = survey_pool(spec, max_bytes=TOKENIZER_BYTES).sample
@@ -109,7 +106,8 @@ def read_tokenizer(folder: Path) -> PoolTokenizer:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"--like must be the folder of an earlier `causalmix profile`, got {folder}, which "
-            f"holds no tokenizer.json that can be read ({error})."
+            f"holds no tokenizer.json that can be read ({error}). Name another, or profile that "
+            "pool again into a new folder."
         ) from error
 
 

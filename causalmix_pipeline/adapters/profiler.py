@@ -48,8 +48,8 @@ from causalmix_pipeline.core.work import InProcess, WorkBackend
 CHUNK_BYTES = 8 * 2**20
 #: What a whole chunk takes on the disk, compressed, about.
 SPOOLED_CHUNK_BYTES = 4 * 2**20
-#: A pool whose files are smaller is profiled in this process: starting others takes longer.
-SMALL_POOL_BYTES = 2 * 2**20
+#: Less is read or scored in this process: starting others takes longer.
+SMALL_WORK_BYTES = 2 * 2**20
 #: Documents of a sample that one task scores with a model.
 SAMPLE_TASK_DOCUMENTS = 32
 
@@ -148,7 +148,7 @@ def profile_pool(
         spec: the pool.
         plans: what to measure; one of them scores `n_bytes`, one `n_tokens`.
         store: scores that are known, and where new ones are kept.
-        workers: where files are read and chunks scored; a small pool is profiled in this process.
+        workers: where files are read and chunks scored; a little is done in this process.
         scratch: folder for texts in flight, removed at the end; None takes one beside the store.
         on_progress: told what is being done and how far it is.
 
@@ -164,9 +164,7 @@ def profile_pool(
             shutil.rmtree(left, ignore_errors=True)
         spool = Path(tempfile.mkdtemp(prefix="profile-", dir=scratch))
         try:
-            size = sum(max(file.size, 0) for file in pool_files(spec.location))
-            near = InProcess() if size < SMALL_POOL_BYTES else workers
-            job = _Profile(spec, plans, store, near, spool, on_progress)
+            job = _Profile(spec, plans, store, workers, spool, on_progress)
             return job.run()
         finally:
             shutil.rmtree(spool, ignore_errors=True)
@@ -187,12 +185,9 @@ class _Profile:
         whole = [plan.scorer for plan in self.plans if plan.budget_tokens is None]
         sampled = [plan for plan in self.plans if plan.budget_tokens is not None]
         manifest, quarantine, n_rows, ratios = self._read(whole)
-        n_scored = dict.fromkeys((plan.scorer.key for plan in self.plans), 0)
-        for scorer, n in self._score_chunks(whole).items():
-            n_scored[scorer] += n
-        documents = manifest
-        for scorer in whole:
-            scores = self.store.read(scorer)
+        documents, n_scored = manifest, {}
+        for scorer, scores, n_new in self._scores(whole, manifest):
+            n_scored[scorer.key] = n_new
             if isinstance(scorer, MinHashScorer):
                 scores = _near_duplicate_column(manifest, scores)
             documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
@@ -205,7 +200,7 @@ class _Profile:
         for plan in sampled:
             assert plan.budget_tokens is not None
             sample = sample_documents(documents, budget_tokens=plan.budget_tokens)
-            n_scored[plan.scorer.key] += self._score_sample(plan.scorer, sample)
+            n_scored[plan.scorer.key] = self._score_sample(plan.scorer, sample)
             scores = self.store.read(plan.scorer).join(sample, on="document_id", how="semi")
             documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
         for plan in self.plans:
@@ -219,14 +214,22 @@ class _Profile:
     def _read(
         self, scorers: Sequence[Scorer]
     ) -> tuple[pl.DataFrame, pl.DataFrame, int, dict[str, float]]:
-        """Read all files: distinct documents, quarantine, rows, compression of each domain."""
-        files = pool_files(self.spec.location)
-        known = self._known_ids(scorers)
-        tasks = [
-            _ReadTask(file, number, self.spec, self.spool, known, None, self.catalogues)
-            for number, file in enumerate(files)
+        """Read what isn't catalogued: distinct documents, quarantine, rows, samples' compression.
+
+        The first time, every text will be scored: it is spooled while it's read.
+        """
+        spec, files = self.spec, pool_files(self.spec.location)
+        names = [
+            catalogue_name(file, spec.columns, spec.rules, spec.domains, spec.noise_seed)
+            for file in files
         ]
-        names = self._run(_read_file, tasks, "files read")
+        first_time = not all(map(self.store.has_scores, scorers))
+        tasks = [
+            _ReadTask(file, number, spec, self.spool, self.catalogues, name, first_time)
+            for number, (file, name) in enumerate(zip(files, names, strict=True))
+            if first_time or self.catalogues.n_rows(name) is None
+        ]
+        self._run(_read_file, tasks, "files read", sum(task.file.size for task in tasks))
         self.catalogues.keep_only(names)
 
         def of_all(kind: str) -> list[pl.DataFrame]:
@@ -240,9 +243,9 @@ class _Profile:
         originals = frame.filter(~pl.col("augmented"))
         check_usable(
             PoolDocuments(originals, quarantine, n_rows),
-            self.spec.location,
-            self.spec.domains,
-            self.spec.max_rejected_share,
+            spec.location,
+            spec.domains,
+            spec.max_rejected_share,
         )
         ratios = _sample_ratios(of_all("sample"))
         return frame.sort("domain", "augmented", "document_id"), quarantine, n_rows, ratios
@@ -253,95 +256,122 @@ class _Profile:
         place = hashlib.blake2b(str(self.spec.location).encode(), digest_size=8).hexdigest()
         return Catalogues(self.store.root / ".files" / place)
 
-    def _known_ids(self, scorers: Sequence[Scorer]) -> Path:
-        """Keys of documents that every scorer has scored, as a sorted array that workers map."""
-        known: np.ndarray | None = None
-        for scorer in scorers:
-            keys = np.unique(_as_keys(self.store.known(scorer)["document_id"]))
-            known = keys if known is None else np.intersect1d(known, keys, assume_unique=True)
-        path = self.spool / "known.npy"
-        np.save(path, np.zeros(0, dtype=np.uint64) if known is None else known)
-        return path
+    def _bring_texts(self, documents: pl.DataFrame) -> None:
+        """Bring texts into the spool that aren't there, by reading their files again.
+
+        Args:
+            documents: `document_id` and `file`.
+
+        Raises:
+            PoolError: if the files lack one by now.
+        """
+        absent = documents.join(self._spooled_ids(), on="document_id", how="anti")
+        if absent.is_empty():
+            return
+        only = self.spool / f"only-{absent.height}.npy"
+        np.save(only, np.unique(_as_keys(absent["document_id"])))
+        names = set(absent["file"].unique().to_list())
+        taken = [int(path.name.split("-")[1]) for path in self.spool.glob("texts-*.parquet")]
+        offset = max(taken, default=-1) + 1
+        files = [file for file in pool_files(self.spec.location) if file.name in names]
+        tasks = [
+            _ReadTask(file, offset + i, self.spec, self.spool, None, "", False, only)
+            for i, file in enumerate(files)
+        ]
+        self._run(_read_file, tasks, "files read again", sum(file.size for file in files))
+        lost = absent.join(self._spooled_ids(), on="document_id", how="anti").height
+        if lost:
+            raise PoolError(
+                f"{self.spec.location} must stay as it is while it is profiled, but lost {lost} "
+                "documents: profile it again."
+            )
+
+    def _spooled_ids(self) -> pl.DataFrame:
+        """Ids in the spool, each with the first chunk that holds it."""
+        chunks = sorted(self.spool.glob("texts-*.parquet"))
+        found = [
+            pl.read_parquet(chunk, columns=["document_id"]).with_columns(chunk=pl.lit(number))
+            for number, chunk in enumerate(chunks)
+        ]
+        nothing = pl.DataFrame(schema={"document_id": pl.String, "chunk": pl.Int32})
+        return pl.concat([nothing, *found]).unique("document_id", keep="first", maintain_order=True)
 
     # ------------------------------------------------------------------ scoring
 
-    def _score_chunks(self, scorers: Sequence[Scorer]) -> dict[str, int]:
-        """Score the spooled chunks; returns how many documents each scorer scored."""
-        chunks = sorted(self.spool.glob("texts-*.parquet"))
-        counts = dict.fromkeys((scorer.key for scorer in scorers), 0)
-        if not chunks:
-            return counts
-        ids = pl.concat(
-            [
-                pl.read_parquet(chunk, columns=["document_id"]).with_columns(chunk=pl.lit(number))
-                for number, chunk in enumerate(chunks)
-            ]
-        ).unique("document_id", keep="first", maintain_order=True)
-        groups = _grouped([chunk.stat().st_size for chunk in chunks])
-        ids = ids.with_columns(task=pl.Series(groups).gather(ids["chunk"]))
-        wanted: list[list[tuple[Scorer, list[str]]]] = [[] for _ in range(groups[-1] + 1)]
+    def _scores(
+        self, scorers: Sequence[Scorer], manifest: pl.DataFrame
+    ) -> Iterator[tuple[Scorer, pl.DataFrame, int]]:
+        """Score what has no score; yields each scorer's scores, and how many are new."""
+        known = {scorer.key: self.store.read(scorer) for scorer in scorers}
+        ids = manifest.select("document_id", "file").unique("document_id", keep="first")
+        missing = {
+            scorer.key: ids.join(known[scorer.key], on="document_id", how="anti")
+            for scorer in scorers
+        }
+        parts = self._score_chunks(scorers, missing)
         for scorer in scorers:
-            missing = ids.join(self.store.known(scorer), on="document_id", how="anti")
-            counts[scorer.key] = missing.height
-            for (number,), part in missing.group_by("task"):
+            scores = known.pop(scorer.key)
+            if parts[scorer.key]:
+                new = self.store.read(scorer, parts[scorer.key])
+                scores = pl.concat([scores, new]) if scores.height else new
+            yield scorer, scores, missing[scorer.key].height
+
+    def _score_chunks(
+        self, scorers: Sequence[Scorer], missing: dict[str, pl.DataFrame]
+    ) -> dict[str, list[str]]:
+        """Score the missing documents; returns the names of each scorer's new parts."""
+        parts: dict[str, list[str]] = {scorer.key: [] for scorer in scorers}
+        wanted = pl.concat(missing.values()).unique("document_id")
+        if wanted.is_empty():
+            return parts
+        self._bring_texts(wanted)
+        chunks = sorted(self.spool.glob("texts-*.parquet"))
+        sizes = [chunk.stat().st_size for chunk in chunks]
+        groups = _grouped(sizes)
+        ids = self._spooled_ids().with_columns(
+            task=pl.col("chunk").replace_strict(list(range(len(groups))), groups)
+        )
+        asked: list[list[tuple[Scorer, pl.Series]]] = [[] for _ in range(groups[-1] + 1)]
+        for scorer in scorers:
+            of_scorer = ids.join(missing[scorer.key], on="document_id", how="semi")
+            for (number,), part in of_scorer.group_by("task"):
                 assert isinstance(number, int)
-                wanted[number].append((scorer, part["document_id"].to_list()))
+                asked[number].append((scorer, part["document_id"]))
         tasks = [
             _ScoreTask(
                 tuple(c for c, g in zip(chunks, groups, strict=True) if g == number),
-                tuple(asked),
+                tuple(of_task),
                 self.store,
             )
-            for number, asked in enumerate(wanted)
-            if asked
+            for number, of_task in enumerate(asked)
+            if of_task
         ]
-        self._run(_score_chunk, tasks, "chunks scored")
-        return counts
+        for found in self._run(_score_chunk, tasks, "chunks scored", sum(sizes)):
+            for key, name in found:
+                parts[key].append(name)
+        return parts
 
     def _score_sample(self, scorer: Scorer, sample: pl.DataFrame) -> int:
         """Score the documents of a sample that have no score; returns how many."""
-        missing = sample.join(self.store.known(scorer), on="document_id", how="anti")
+        known = self.store.read(scorer)
+        missing = sample.join(known, on="document_id", how="anti").unique("document_id")
         if missing.is_empty():
             return 0
-        texts = self._texts_of(missing)
+        self._bring_texts(missing.select("document_id", "file"))
+        texts = _spooled(self.spool, missing.select("document_id"))
         # Long documents first: the last tasks are short, and no worker waits long for another.
         texts = texts.sort(pl.col("text").str.len_bytes(), "document_id", descending=[True, False])
         tasks = []
         for number, part in enumerate(texts.iter_slices(SAMPLE_TASK_DOCUMENTS)):
             chunk = self.spool / f"asked-{scorer.key}-{number:06d}.parquet"
             part.write_parquet(chunk, compression="lz4")
-            asked = ((scorer, part["document_id"].to_list()),)
-            tasks.append(_ScoreTask((chunk,), asked, self.store))
-        self._run(_score_chunk, tasks, f"parts scored by {scorer.key.split('-')[0]}")
+            tasks.append(_ScoreTask((chunk,), ((scorer, part["document_id"]),), self.store))
+        what = f"parts scored by {scorer.key.split('-')[0]}"
+        self._run(_score_chunk, tasks, what, int(texts["text"].str.len_bytes().sum()))
         return missing.height
 
-    def _texts_of(self, documents: pl.DataFrame) -> pl.DataFrame:
-        """Texts of documents: from the spool, else from their files again."""
-        wanted = documents.select("document_id").unique()
-        found = _spooled(self.spool, wanted)
-        absent = wanted.join(found, on="document_id", how="anti")
-        if absent.height:
-            only = self.spool / f"only-{absent.height}.npy"
-            np.save(only, np.sort(_as_keys(absent["document_id"])))
-            names = set(documents.join(absent, on="document_id", how="semi")["file"].to_list())
-            files = [file for file in pool_files(self.spec.location) if file.name in names]
-            names_taken = [int(p.name.split("-")[1]) for p in self.spool.glob("texts-*.parquet")]
-            offset = max(names_taken, default=-1) + 1
-            tasks = [
-                _ReadTask(file, offset + number, self.spec, self.spool, None, only, self.catalogues)
-                for number, file in enumerate(files)
-            ]
-            self._run(_read_file, tasks, "files read again")
-            found = _spooled(self.spool, wanted)
-        if found.height < wanted.height:
-            raise PoolError(
-                f"{self.spec.location} must stay as it is while it is profiled, but lost "
-                f"{wanted.height - found.height} documents: profile it again."
-            )
-        return found
-
-    def _run(self, function: Callable, tasks: Sequence, what: str) -> list:
-        """Run tasks and return their results in order."""
+    def _run(self, function: Callable, tasks: Sequence, what: str, n_bytes: int) -> list:
+        """Run tasks and return their results in order; a little work is done in this process."""
         results: list = [None] * len(tasks)
         done = 0
 
@@ -351,7 +381,8 @@ class _Profile:
             done += 1
             self.on_progress(what, done, len(tasks))
 
-        self.workers.run(function, tasks, on_done)
+        workers = InProcess() if n_bytes < SMALL_WORK_BYTES else self.workers
+        workers.run(function, tasks, on_done)
         return results
 
 
@@ -410,52 +441,54 @@ def survey_pool(spec: PoolSpec, *, max_bytes: int) -> PoolSurvey:
 
 @dataclass(frozen=True)
 class _ReadTask:
-    """A file to read: documents that aren't `known`, or `only` some, go into the spool."""
+    """A file to read.
+
+    Attributes:
+        file: which.
+        number: of its chunks in the spool.
+        spec: how it is read.
+        spool: folder for texts.
+        catalogues: where its rows are kept; None keeps none.
+        name: of its catalogue.
+        spool_all: bring every text into the spool.
+        only: keys of the documents whose texts are brought into the spool; None for none.
+    """
 
     file: PoolFile
     number: int
     spec: PoolSpec
     spool: Path
-    known: Path | None
-    only: Path | None
-    catalogues: Catalogues
+    catalogues: Catalogues | None
+    name: str
+    spool_all: bool
+    only: Path | None = None
 
 
-def _read_file(task: _ReadTask) -> str:
-    """Bring a file's new texts into the spool and its rows into a catalogue; returns its name.
-
-    A file that was catalogued and has nothing new isn't read.
-    """
-    known = np.load(task.known, mmap_mode="r") if task.known else None
-    only = np.load(task.only, mmap_mode="r") if task.only else None
-    spec = task.spec
-    name = catalogue_name(task.file, spec.columns, spec.rules, spec.domains, spec.noise_seed)
-    if only is None and task.catalogues.n_rows(name) is not None:
-        ids = task.catalogues.read(name, "documents", ["document_id"])
-        if all(_among(_as_keys(part["document_id"]), known).all() for part in ids):
-            return name
+def _read_file(task: _ReadTask) -> None:
+    """Bring texts of a file into the spool, and its rows into a catalogue."""
+    only = np.load(task.only, mmap_mode="r") if task.only else np.zeros(0, dtype=np.uint64)
     texts = _ChunkWriter(task.spool, f"texts-{task.number:06d}", CHUNK_BYTES)
     folder = task.spool / f"file-{task.number:06d}"
     folder.mkdir(exist_ok=True)
     rows = _ChunkWriter(folder, "documents", 8 * CHUNK_BYTES)
     sample, n_rows, refused = pl.DataFrame(), 0, [pl.DataFrame(schema=QUARANTINE_SCHEMA)]
-    for documents, quarantine, n in pool_batches(task.file, spec):
+    for documents, quarantine, n in pool_batches(task.file, task.spec):
         n_rows += n
         refused.append(quarantine)
-        keys = _as_keys(documents["document_id"])
-        new = _among(keys, only) if only is not None else ~_among(keys, known)
-        texts.add(documents.filter(pl.Series(new)).select(TEXT_COLUMNS))
-        if only is None:
+        wanted = documents
+        if not task.spool_all:
+            wanted = documents.filter(pl.Series(_among(_as_keys(documents["document_id"]), only)))
+        texts.add(wanted.select(TEXT_COLUMNS))
+        if task.catalogues is not None:
             rows.add(documents.drop("text", "fold_id"))
             sample = _lowest(sample, documents.filter(~pl.col("augmented")))
     texts.close()
-    if only is None:
+    if task.catalogues is not None:
         rows.close()
         pl.concat(refused).write_parquet(folder / "quarantine.parquet")
         if sample.height:
             sample.write_parquet(folder / "sample.parquet", compression="zstd")
-        task.catalogues.write(name, sorted(folder.iterdir()), n_rows)
-    return name
+        task.catalogues.write(task.name, sorted(folder.iterdir()), n_rows)
 
 
 #: What a scorer sees of a document.
@@ -467,19 +500,23 @@ class _ScoreTask:
     """Spooled chunks, and which of their documents each scorer scores."""
 
     chunks: tuple[Path, ...]
-    asked: tuple[tuple[Scorer, list[str]], ...]
+    asked: tuple[tuple[Scorer, pl.Series], ...]
     store: ScoreStore
 
 
-def _score_chunk(task: _ScoreTask) -> None:
-    """Score chunks and keep the scores."""
+def _score_chunk(task: _ScoreTask) -> list[tuple[str, str]]:
+    """Score chunks and keep the scores; returns keys of scorers and names of their parts."""
     documents = pl.concat([pl.read_parquet(chunk) for chunk in task.chunks]).unique(
         "document_id", keep="first", maintain_order=True
     )
+    names = []
     for scorer, ids in task.asked:
         wanted = pl.DataFrame({"document_id": ids})
         part = documents.join(wanted, on="document_id", how="semi", maintain_order="left")
-        task.store.write(scorer, scorer.score(part))
+        name = task.store.write(scorer, scorer.score(part))
+        if name is not None:
+            names.append((scorer.key, name))
+    return names
 
 
 @dataclass(eq=False)

@@ -35,22 +35,41 @@ class ScoreStore:
 
     root: Path
 
-    def read(self, scorer: Scorer) -> pl.DataFrame:
-        """All scores of a scorer: `document_id` and its metrics, one row per document."""
-        return self._read(scorer, ["document_id", *scorer.metrics])
+    def read(self, scorer: Scorer, parts: Sequence[str] | None = None) -> pl.DataFrame:
+        """Scores of a scorer: `document_id` and its metrics, one row per document.
 
-    def known(self, scorer: Scorer) -> pl.DataFrame:
-        """Ids of the documents that a scorer has scored; one column, `document_id`."""
-        return self._read(scorer, ["document_id"])
+        Args:
+            scorer: whose scores.
+            parts: names that `write` gave; None reads all.
+        """
+        folder = self._folder(scorer)
+        paths = self._parts(scorer) if parts is None else [folder / name for name in parts]
+        frames = [frame for frame in map(_read_part, paths) if frame is not None]
+        if not frames:
+            return pl.DataFrame(schema={"document_id": pl.String}).with_columns(
+                pl.lit(None, dtype=pl.Float64).alias(name) for name in scorer.metrics
+            )
+        # A chunk that was scored twice around a crash gave the same values.
+        return pl.concat(frames).unique("document_id", keep="first")
 
-    def write(self, scorer: Scorer, scores: pl.DataFrame) -> None:
-        """Keep scores: `document_id` and the scorer's metrics."""
+    def has_scores(self, scorer: Scorer) -> bool:
+        """Tell whether a scorer has scored anything."""
+        return bool(self._parts(scorer))
+
+    def write(self, scorer: Scorer, scores: pl.DataFrame) -> str | None:
+        """Keep scores: `document_id` and the scorer's metrics.
+
+        Returns:
+            The name of the part; None if there was nothing to keep.
+        """
         if scores.is_empty():
-            return
+            return None
         buffer = io.BytesIO()
         scores.select("document_id", *scorer.metrics).write_parquet(buffer, compression="zstd")
         content = buffer.getvalue()
-        write_atomically(self._folder(scorer) / f"{_name_of(content)}.parquet", content)
+        name = f"{_name_of(content)}.parquet"
+        write_atomically(self._folder(scorer) / name, content)
+        return name
 
     def tidy(self, scorer: Scorer) -> None:
         """Join the parts of a scorer if they are many; only while the store is locked."""
@@ -81,25 +100,15 @@ class ScoreStore:
     def _parts(self, scorer: Scorer) -> list[Path]:
         return sorted(self._folder(scorer).glob("[!.]*.parquet"))
 
-    def _read(self, scorer: Scorer, columns: Sequence[str]) -> pl.DataFrame:
-        read = [_read_part(part, columns) for part in self._parts(scorer)]
-        parts = [part for part in read if part is not None]
-        if not parts:
-            return pl.DataFrame(schema={"document_id": pl.String}).with_columns(
-                pl.lit(None, dtype=pl.Float64).alias(name) for name in columns[1:]
-            )
-        # A chunk that was scored twice around a crash gave the same values.
-        return pl.concat(parts).unique("document_id", keep="first")
-
 
 def _name_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _read_part(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
-    """A part's columns; a damaged part is put aside, and its documents are scored again."""
+def _read_part(path: Path) -> pl.DataFrame | None:
+    """A part's scores; a damaged part is put aside, and its documents are scored again."""
     content = path.read_bytes()
     if _name_of(content) != path.stem:
         path.replace(path.with_suffix(".damaged"))
         return None
-    return pl.read_parquet(io.BytesIO(content), columns=list(columns))
+    return pl.read_parquet(io.BytesIO(content))

@@ -34,6 +34,7 @@ METRICS = (
     "hdd",
     "vocd_d",
     "writing_style_composite",
+    "unique_line_ratio",
     "bytes_per_token",
     "near_duplicate",
 )

@@ -131,6 +131,7 @@ def test_the_covariates_of_the_other_domain_stay(spoiled):
 
     assert set(METRICS) <= set(there["covariate"])
     assert (there["z"] == 0).all()
+    assert (there["se"] == 0).all()  # documents that stay cancel
     still = moves.filter(pl.col("covariate") == "sample_compress_ratio", domain="docstrings")
     assert still["difference"].to_list() == [0.0]
 

@@ -83,10 +83,9 @@ def measured_sets(runs: RunTable) -> dict[str, tuple[str, ...]]:
 
 
 def varying(runs: RunTable) -> RunTable:
-    """The runs with the covariates that have values and vary in some domain."""
-    values_NDP = runs.state_NDP
-    good = np.isfinite(values_NDP).all(axis=(0, 1)) & (values_NDP.std(axis=0) > 1e-9).any(axis=0)
-    return with_covariates(runs, [n for n, ok in zip(runs.covariates, good, strict=True) if ok])
+    """The runs with the covariates that vary in some domain."""
+    varies = (runs.state_NDP.std(axis=0) > 1e-9).any(axis=0)
+    return with_covariates(runs, [n for n, v in zip(runs.covariates, varies, strict=True) if v])
 
 
 def main() -> None:

@@ -311,6 +311,7 @@ def summary(moves: pl.DataFrame, covariates: Sequence[str]) -> str:
     counts = inside.group_by("degradation", "covariate", maintain_order=True).agg(
         seen=(pl.col("z").abs() > SEEN).sum(), n=pl.col("z").count()
     )
+    counts = counts.filter(pl.col("n") > 0)
     text = pl.format("{} of {}", "seen", "n")
     counts = counts.with_columns(
         text=pl.when(pl.col("n") == n_domains).then(pl.col("seen").cast(pl.String)).otherwise(text),

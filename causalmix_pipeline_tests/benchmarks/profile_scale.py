@@ -153,14 +153,16 @@ class Profiled:
     out: Path
 
 
-def profile(what: str, pool: Path, project: Path, *, like: Path | None = None) -> Profiled:
-    """Profile a pool by the command, in a project that is made if it's absent."""
+def profile(what: str, pool: Path, project: Path) -> Profiled:
+    """Profile a pool by the command, in a project that is made if it's absent.
+
+    A second profile of a project finds the first one's scale, scores and files.
+    """
     project.mkdir(parents=True, exist_ok=True)
     (project / "causalmix.yaml").write_text(SETTINGS)
-    out = project / what.replace(" ", "-")
+    out = project / "profile"
     command = [sys.executable, "-c", "from causalmix_pipeline.cli import run; run()"]
     command += ["profile", str(pool), "--out", str(out)]
-    command += ["--like", str(like)] if like is not None else []
     cost = run_command(command, project)
     sizes = pl.scan_parquet(pool / "*.parquet").select(
         n=pl.len(), size=pl.col("text").str.len_bytes().sum()
@@ -551,20 +553,22 @@ def main() -> None:
 
     made, rounds = [], []
     sizes = [*sorted(n for n in options.sizes if n < options.documents), options.documents]
+    live = pools / "live"  # the same folder before and after a change
     for n in sizes:
         pool = ready_pool(pieces, pools / f"pool-{n}-{options.files}", n, options.files)
-        made.append(profile(f"{n:,}", pool, projects / f"{n}"))
+        shutil.rmtree(live, ignore_errors=True)
+        shutil.copytree(pool, live, copy_function=os.link)
+        made.append(profile(f"{n:,}", live, projects / f"{n}"))
         rounds.append(run_rivals(pool, made[-1], options, workers))
     largest, project = pools / f"pool-{sizes[-1]}-{options.files}", projects / f"{sizes[-1]}"
-    changed = pools / "changed"
     again = []
     for what, change in (
         ("1% in a new file", lambda: with_new_file(
-            pieces(), largest, changed, round(sizes[-1] * NEW_SHARE))),
-        ("1% of every file", lambda: with_new_rows(pieces(), largest, changed)),
+            pieces(), largest, live, round(sizes[-1] * NEW_SHARE))),
+        ("1% of every file", lambda: with_new_rows(pieces(), largest, live)),
     ):  # fmt: skip
         change()
-        again.append(profile(what, changed, project, like=made[-1].out))
+        again.append(profile(what, live, project))
     results = {
         "profiles": [asdict(p) for p in (*made, *again)],
         "rivals": [asdict(r) for r in rounds],

@@ -200,7 +200,9 @@ def run_design(
         print(f"  {task:16s} {nats[:, i].mean():.2f} {nats[:, i].min():.2f} "
               f"{bench.unigram_nats[task]:.2f}")  # fmt: skip
     print(f"  CPU seconds a run: {np.mean([r.cpu_seconds for r in records]):.2f}")
-    names = covariates or drawn.covariates
+    has_values = np.isfinite(drawn.values_MDP).all(axis=(0, 1))
+    measured = [n for n, has in zip(drawn.covariates, has_values, strict=True) if has]
+    names = covariates or tuple(measured)
     columns = [drawn.covariates.index(name) for name in names]
     return collect_runs(
         records,
