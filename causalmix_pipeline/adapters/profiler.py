@@ -49,7 +49,7 @@ CHUNK_BYTES = 8 * 2**20
 #: What a whole chunk takes on the disk, compressed, about.
 SPOOLED_CHUNK_BYTES = 4 * 2**20
 #: Less is read or scored in this process: starting others takes longer.
-SMALL_WORK_BYTES = 2 * 2**20
+SMALL_WORK_BYTES = 6 * 2**20
 #: Documents of a sample that one task scores with a model.
 SAMPLE_TASK_DOCUMENTS = 32
 
@@ -190,7 +190,7 @@ class _Profile:
             n_scored[scorer.key] = n_new
             if isinstance(scorer, MinHashScorer):
                 scores = _near_duplicate_column(manifest, scores)
-            documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
+            documents = documents.hstack(scores)
         documents = documents.with_columns(
             bytes_per_token=pl.col("n_bytes") / pl.col("n_tokens").clip(1),
             sample_compress_ratio=pl.col("domain").replace_strict(
@@ -201,7 +201,8 @@ class _Profile:
             assert plan.budget_tokens is not None
             sample = sample_documents(documents, budget_tokens=plan.budget_tokens)
             n_scored[plan.scorer.key] = self._score_sample(plan.scorer, sample)
-            scores = self.store.read(plan.scorer).join(sample, on="document_id", how="semi")
+            scores = self.store.read(plan.scorer).unique("document_id", keep="first")
+            scores = scores.join(sample, on="document_id", how="semi")
             documents = documents.join(scores, on="document_id", how="left", maintain_order="left")
         for plan in self.plans:
             self.store.tidy(plan.scorer)
@@ -229,7 +230,8 @@ class _Profile:
             for number, (file, name) in enumerate(zip(files, names, strict=True))
             if first_time or self.catalogues.n_rows(name) is None
         ]
-        self._run(_read_file, tasks, "files read", sum(task.file.size for task in tasks))
+        small = sum(task.file.size for task in tasks) < SMALL_WORK_BYTES
+        self._run(_read_file, tasks, "files read", is_small=small)
         self.catalogues.keep_only(names)
 
         def of_all(kind: str) -> list[pl.DataFrame]:
@@ -278,7 +280,8 @@ class _Profile:
             _ReadTask(file, offset + i, self.spec, self.spool, None, "", False, only)
             for i, file in enumerate(files)
         ]
-        self._run(_read_file, tasks, "files read again", sum(file.size for file in files))
+        small = sum(file.size for file in files) < SMALL_WORK_BYTES
+        self._run(_read_file, tasks, "files read again", is_small=small)
         lost = absent.join(self._spooled_ids(), on="document_id", how="anti").height
         if lost:
             raise PoolError(
@@ -301,27 +304,39 @@ class _Profile:
     def _scores(
         self, scorers: Sequence[Scorer], manifest: pl.DataFrame
     ) -> Iterator[tuple[Scorer, pl.DataFrame, int]]:
-        """Score what has no score; yields each scorer's scores, and how many are new."""
-        known = {scorer.key: self.store.read(scorer) for scorer in scorers}
-        ids = manifest.select("document_id", "file").unique("document_id", keep="first")
-        missing = {
-            scorer.key: ids.join(known[scorer.key], on="document_id", how="anti")
-            for scorer in scorers
-        }
+        """Score what has no score.
+
+        Yields:
+            Each scorer, its metrics of the manifest's rows in their order, and how many documents
+            are new.
+        """
+        ids = manifest.select("document_id", "file")
+        kept, missing = {}, {}
+        first_time = ids.unique("document_id", keep="first")
+        for scorer in scorers:
+            if self.store.has_scores(scorer):
+                kept[scorer.key] = _beside(ids, self.store.read(scorer))
+                absent = ids.filter(kept[scorer.key][FOUND].is_null())
+                missing[scorer.key] = absent.unique("document_id", keep="first")
+            else:
+                missing[scorer.key] = first_time  # the same frame for all
         parts = self._score_chunks(scorers, missing)
         for scorer in scorers:
-            scores = known.pop(scorer.key)
+            values = kept.pop(scorer.key, None)
             if parts[scorer.key]:
-                new = self.store.read(scorer, parts[scorer.key])
-                scores = pl.concat([scores, new]) if scores.height else new
-            yield scorer, scores, missing[scorer.key].height
+                new = _beside(ids, self.store.read(scorer, parts[scorer.key]))
+                values = new if values is None else _filled(values, new)
+            assert values is not None and values[FOUND].null_count() == 0, scorer.key
+            yield scorer, values.drop(FOUND), missing[scorer.key].height
 
     def _score_chunks(
         self, scorers: Sequence[Scorer], missing: dict[str, pl.DataFrame]
     ) -> dict[str, list[str]]:
         """Score the missing documents; returns the names of each scorer's new parts."""
         parts: dict[str, list[str]] = {scorer.key: [] for scorer in scorers}
-        wanted = pl.concat(missing.values()).unique("document_id")
+        frames = {id(frame): frame for frame in missing.values()}
+        wanted = pl.concat(frames.values())
+        wanted = wanted.unique("document_id") if len(frames) > 1 else wanted
         if wanted.is_empty():
             return parts
         self._bring_texts(wanted)
@@ -332,11 +347,12 @@ class _Profile:
             task=pl.col("chunk").replace_strict(list(range(len(groups))), groups)
         )
         asked: list[list[tuple[Scorer, pl.Series]]] = [[] for _ in range(groups[-1] + 1)]
-        for scorer in scorers:
-            of_scorer = ids.join(missing[scorer.key], on="document_id", how="semi")
-            for (number,), part in of_scorer.group_by("task"):
+        for key, frame in frames.items():
+            for (number,), part in ids.join(frame, on="document_id", how="semi").group_by("task"):
                 assert isinstance(number, int)
-                asked[number].append((scorer, part["document_id"]))
+                for scorer in scorers:
+                    if id(missing[scorer.key]) == key:
+                        asked[number].append((scorer, part["document_id"]))
         tasks = [
             _ScoreTask(
                 tuple(c for c, g in zip(chunks, groups, strict=True) if g == number),
@@ -346,7 +362,8 @@ class _Profile:
             for number, of_task in enumerate(asked)
             if of_task
         ]
-        for found in self._run(_score_chunk, tasks, "chunks scored", sum(sizes)):
+        small = sum(sizes) < SMALL_WORK_BYTES
+        for found in self._run(_score_chunk, tasks, "chunks scored", is_small=small):
             for key, name in found:
                 parts[key].append(name)
         return parts
@@ -366,11 +383,12 @@ class _Profile:
             chunk = self.spool / f"asked-{scorer.key}-{number:06d}.parquet"
             part.write_parquet(chunk, compression="lz4")
             tasks.append(_ScoreTask((chunk,), ((scorer, part["document_id"]),), self.store))
+        # A model may take a minute for a task.
         what = f"parts scored by {scorer.key.split('-')[0]}"
-        self._run(_score_chunk, tasks, what, int(texts["text"].str.len_bytes().sum()))
+        self._run(_score_chunk, tasks, what, is_small=len(tasks) == 1)
         return missing.height
 
-    def _run(self, function: Callable, tasks: Sequence, what: str, n_bytes: int) -> list:
+    def _run(self, function: Callable, tasks: Sequence, what: str, *, is_small: bool) -> list:
         """Run tasks and return their results in order; a little work is done in this process."""
         results: list = [None] * len(tasks)
         done = 0
@@ -381,7 +399,7 @@ class _Profile:
             done += 1
             self.on_progress(what, done, len(tasks))
 
-        workers = InProcess() if n_bytes < SMALL_WORK_BYTES else self.workers
+        workers = InProcess() if is_small else self.workers
         workers.run(function, tasks, on_done)
         return results
 
@@ -638,19 +656,42 @@ def sample_compress_ratio(sample: bytes) -> float:
     return len(zstandard.ZstdCompressor(level=3).compress(sample)) / len(sample)
 
 
+#: Marks rows that have scores.
+FOUND = "_found"
+
+
+def _beside(ids: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
+    """Scores in the order of ids, and whether there are any; null where there are none."""
+    marked = scores.with_columns(pl.lit(True).alias(FOUND))
+    joined = ids.select("document_id").join(
+        marked, on="document_id", how="left", maintain_order="left"
+    )
+    if joined.height > ids.height:  # scored twice around a crash, with the same values
+        return _beside(ids, scores.unique("document_id", keep="first"))
+    return joined.drop("document_id")
+
+
+def _filled(values: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    """Values, and the new ones where there were none."""
+    was = values[FOUND].is_not_null()
+    return values.select(
+        pl.when(was).then(pl.col(name)).otherwise(new[name]).alias(name) for name in values.columns
+    )
+
+
 def _near_duplicate_column(documents: pl.DataFrame, signatures: pl.DataFrame) -> pl.DataFrame:
     """Flag near-duplicates among the documents of a domain; noisy twins apart.
 
     The flag of an original is the same in a pool that has no twins.
+
+    Args:
+        documents: `domain` and `augmented`.
+        signatures: `bands` and `sketch` of the same rows.
     """
-    flags = []
-    for part in documents.partition_by("domain", "augmented"):
-        found = part.select("document_id").join(
-            signatures, on="document_id", how="left", maintain_order="left"
-        )
-        flag = flag_near_duplicates(*signature_arrays(found["bands"], found["sketch"]))
-        flags.append(
-            found.select("document_id").with_columns(near_duplicate=pl.Series(flag.astype(float)))
-        )
-    # The same text in two domains: flagged where it has a neighbour in either.
-    return pl.concat(flags).group_by("document_id").agg(pl.col("near_duplicate").max())
+    flags = np.zeros(documents.height)
+    labels = documents.select("domain", "augmented").with_row_index("row")
+    for part in labels.partition_by("domain", "augmented"):
+        rows = part["row"].to_numpy()
+        found = signatures[rows]
+        flags[rows] = flag_near_duplicates(*signature_arrays(found["bands"], found["sketch"]))
+    return pl.DataFrame({"near_duplicate": flags})

@@ -36,7 +36,9 @@ class ScoreStore:
     root: Path
 
     def read(self, scorer: Scorer, parts: Sequence[str] | None = None) -> pl.DataFrame:
-        """Scores of a scorer: `document_id` and its metrics, one row per document.
+        """Scores of a scorer: `document_id` and its metrics.
+
+        A document has one row; two with the same values where it was scored twice around a crash.
 
         Args:
             scorer: whose scores.
@@ -49,8 +51,7 @@ class ScoreStore:
             return pl.DataFrame(schema={"document_id": pl.String}).with_columns(
                 pl.lit(None, dtype=pl.Float64).alias(name) for name in scorer.metrics
             )
-        # A chunk that was scored twice around a crash gave the same values.
-        return pl.concat(frames).unique("document_id", keep="first")
+        return pl.concat(frames)
 
     def has_scores(self, scorer: Scorer) -> bool:
         """Tell whether a scorer has scored anything."""
@@ -76,7 +77,8 @@ class ScoreStore:
         parts = self._parts(scorer)
         if len(parts) <= MAX_PARTS:
             return
-        self.write(scorer, self.read(scorer).sort("document_id"))
+        scores = self.read(scorer).unique("document_id", keep="first")
+        self.write(scorer, scores.sort("document_id"))
         for part in parts:
             part.unlink(missing_ok=True)
 
