@@ -15,8 +15,8 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from causalmix_pipeline.adapters.experiment import PoolTokenizer
-from causalmix_pipeline.adapters.profiler import PoolProfile, profile_pool, survey_pool
+from causalmix_pipeline.adapters.experiment import PoolTokenizer, fit_on_sample
+from causalmix_pipeline.adapters.profiler import PoolProfile, profile_pool
 from causalmix_pipeline.adapters.profiler import Progress as OnProgress
 from causalmix_pipeline.adapters.run_store import write_atomically
 from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
@@ -62,9 +62,14 @@ def profile_to_folder(
             tokenizer = read_tokenizer(out)
         else:
             on_progress("looks at the pool", 0, 1)
-            sample = survey_pool(spec, max_bytes=TOKENIZER_BYTES).sample
             size = project.settings.proxy.to_config().vocab_size
-            tokenizer = PoolTokenizer.fit(sample, vocab_size=size)
+            fitted: list[PoolTokenizer] = []
+            project.workers.run(
+                fit_on_sample,
+                [(spec, TOKENIZER_BYTES, size)],
+                lambda index, result: fitted.append(result),
+            )
+            tokenizer = fitted[0]
             on_progress("looks at the pool", 1, 1)
         plans = project.scorer_plans(tokenizer)
         before = None if like is None else read_value(like / "documents.parquet")

@@ -17,7 +17,12 @@ import polars as pl
 
 from causalmix_pipeline.adapters.local_backend import engine_name
 from causalmix_pipeline.adapters.pool_files import pool_files
-from causalmix_pipeline.adapters.profiler import PoolSpec, pool_batches, sample_compress_ratio
+from causalmix_pipeline.adapters.profiler import (
+    PoolSpec,
+    pool_batches,
+    sample_compress_ratio,
+    survey_pool,
+)
 from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
 from causalmix_pipeline.adapters.token_scores import (
     CrossFittedModel,
@@ -129,6 +134,17 @@ class PoolTokenizer:
         """Inverse of `to_dict`."""
         first, second = (_counts_of(half) for half in values["halves"])
         return cls(values["tokenizer"], CrossFittedModel((first, second)))
+
+
+def fit_on_sample(task: tuple[PoolSpec, int, int]) -> PoolTokenizer:
+    """Fit a tokenizer on a sample of a pool: a task for a worker, which takes its memory with it.
+
+    Args:
+        task: the pool, most bytes of the sample, number of tokens.
+    """
+    spec, max_bytes, vocab_size = task
+    sample = survey_pool(spec, max_bytes=max_bytes).sample
+    return PoolTokenizer.fit(sample, vocab_size=vocab_size)
 
 
 def _counts_of(values: Mapping) -> PoolLanguageModel:

@@ -314,8 +314,9 @@ class _Profile:
         kept, missing = {}, {}
         first_time = ids.unique("document_id", keep="first")
         for scorer in scorers:
-            if self.store.has_scores(scorer):
-                kept[scorer.key] = _beside(ids, self.store.read(scorer))
+            scores = self.store.read(scorer)
+            if scores.height:
+                kept[scorer.key] = _beside(ids, scores)
                 absent = ids.filter(kept[scorer.key][FOUND].is_null())
                 missing[scorer.key] = absent.unique("document_id", keep="first")
             else:

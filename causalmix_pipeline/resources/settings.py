@@ -166,7 +166,7 @@ class Profile(Section):
         default=100_000,
         ge=1_000,
         description="Tokens of each domain that the model scores; more gives smaller standard "
-        "errors, at about 900 tokens a second and core for a model of 135M parameters.",
+        "errors, at about 300 tokens a second and core for a model of 135M parameters.",
     )
     rater: str | None = Field(
         default=None,

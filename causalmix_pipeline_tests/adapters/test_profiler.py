@@ -192,6 +192,17 @@ def test_a_damaged_part_is_put_aside_and_its_documents_scored_again(spec, tmp_pa
     assert len(list((tmp_path / "scores" / counting.key).glob("*.damaged"))) == 1
 
 
+def test_a_store_whose_parts_are_all_damaged_is_filled_again(spec, tmp_path):
+    first = profile(spec, tmp_path)
+    for part in (tmp_path / "scores").glob("*/*.parquet"):
+        part.write_bytes(part.read_bytes()[:-1])
+
+    second = profile(spec, tmp_path)
+
+    assert second.documents.equals(first.documents)
+    assert second.n_scored == first.n_scored
+
+
 def test_an_unchanged_file_is_not_read_again(spec, tmp_path, monkeypatch):
     """Its catalogue is kept by its content, and by how it is read."""
     first, read = profile(spec, tmp_path), []
