@@ -3,11 +3,14 @@
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import yaml
+
+from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
 
 WORDS = {
     "math": ["sum", "angle", "prime", "factor", "seven", "equals", "root", "proof", "digit"],
@@ -66,6 +69,25 @@ def write_project(root: Path, **overrides) -> Path:
     path = root / "causalmix.yaml"
     path.write_text(yaml.safe_dump(raw | overrides))
     return path
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """URL of a real, empty object store on loopback."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch) -> Iterator[str]:
+    """URL of a folder in an empty bucket."""
+    from s3fs import S3FileSystem
+
+    for name, value in s3_environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem().mkdir("bucket")
+    yield "s3://bucket/team"
+    S3FileSystem().rm("bucket", recursive=True)
 
 
 @pytest.fixture

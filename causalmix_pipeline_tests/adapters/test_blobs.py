@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,26 +21,6 @@ from causalmix_pipeline.adapters.blobs import (
     root_of,
     write_atomically,
 )
-from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """URL of an object store."""
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def bucket(server, monkeypatch) -> Iterator[str]:
-    """URL of a folder in an empty bucket."""
-    from s3fs import S3FileSystem
-
-    for name, value in s3_environment(server).items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem().mkdir("bucket")
-    yield "s3://bucket/team"
-    S3FileSystem().rm("bucket", recursive=True)
 
 
 @pytest.fixture(params=["disk", "object storage"])

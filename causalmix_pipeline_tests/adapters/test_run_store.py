@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -21,7 +20,6 @@ from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore, bits_pe
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
-from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
 
 SPEC = ProxySpec("s" * 64, "t" * 32, "e" * 32, (0.25, 0.75), 1, ProxyConfig(), "engine")
 
@@ -309,25 +307,6 @@ def test_a_record_is_plain_json_that_a_person_can_read(tmp_path):
 # Object storage
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """URL of an object store."""
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def bucket(server, monkeypatch) -> Iterator[str]:
-    """URL of a folder in an empty bucket."""
-    from s3fs import S3FileSystem
-
-    for name, value in s3_environment(server).items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem().mkdir("bucket")
-    yield "s3://bucket/team/runs"
-    S3FileSystem().rm("bucket", recursive=True)
-
-
 @pytest.fixture
 def remote(bucket, tmp_path) -> RunStore:
     """An empty store in object storage, with its cache in `tmp_path`."""
@@ -439,7 +418,7 @@ def test_damaged_tokens_are_refused_and_not_kept(remote, tmp_path, file):
     raw = blobs.read(name)
     blobs.write(name, raw[:-1])
 
-    with pytest.raises(ProxyError, match=r"s3://.*damaged. Delete s3://bucket/team/runs/tokens/t "):
+    with pytest.raises(ProxyError, match=r"s3://.*damaged. Delete s3://bucket/team/tokens/t "):
         remote.token_store("t")
 
     blobs.write(name, raw)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
@@ -19,26 +18,6 @@ from upath import UPath
 
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value, write_value
 from causalmix_pipeline.core.errors import PoolError
-from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """URL of an object store."""
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def bucket(server, monkeypatch) -> Iterator[str]:
-    """URL of a folder in an empty bucket."""
-    from s3fs import S3FileSystem
-
-    for name, value in s3_environment(server).items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem().mkdir("bucket")
-    yield "s3://bucket/team"
-    S3FileSystem().rm("bucket", recursive=True)
 
 
 def sample_frame(n: int = 200, seed: int = 0) -> pl.DataFrame:

@@ -1,6 +1,5 @@
 """Assets keep their values, on a disk and in object storage; evil names write nothing."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -12,24 +11,6 @@ from upath import UPath
 from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.resources.frame_store import FrameStore, check_slug
-from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """URL of an object store."""
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def bucket(server, monkeypatch) -> Iterator[str]:
-    """URL of a folder in an empty bucket."""
-    for name, value in s3_environment(server).items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem().mkdir("bucket")
-    yield "s3://bucket/team"
-    S3FileSystem().rm("bucket", recursive=True)
 
 
 def sample_frame(n: int) -> pl.DataFrame:
