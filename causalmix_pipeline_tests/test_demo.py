@@ -17,7 +17,6 @@ from causalmix_pipeline.adapters.demo_pool import (
     assemble_demo_pool,
 )
 from causalmix_pipeline.cli import main
-from causalmix_pipeline.core.pool_state import COVARIATES
 from causalmix_pipeline.demo import DEMO_WEIGHTS, demo_settings, moved_covariates, start_live_pool
 from causalmix_pipeline.resources.settings_file import load_settings
 
@@ -151,7 +150,7 @@ def test_every_telling_starts_from_the_same_pool(pool, tmp_path):
 
 
 def covariate_frame(**values: list[float]) -> pl.DataFrame:
-    columns = {name: [0.0, 0.0] for name in COVARIATES} | values
+    columns = {name: [0.0, 0.0] for name in ("log2_tokens", "compress_ratio", "mtld")} | values
     return pl.DataFrame({"domain": ["math", "talk"]} | columns)
 
 
