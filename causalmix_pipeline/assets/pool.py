@@ -380,7 +380,8 @@ def live_changes(
     )
     moves, moved = change.to_frame(), change.moved()
     value = {"documents": change.documents.to_dicts(), "covariates": moves.to_dicts()}
-    picture = base64.b64encode(moves_plot(moves).encode()).decode()
+    used = moves.filter(pl.col("covariate").is_in(list(project.settings.covariates)))
+    picture = base64.b64encode(moves_plot(used).encode()).decode()
     counted = ["domain", "documents_in", "documents_out", "documents_kept"]
     return dg.MaterializeResult(
         value=value,
@@ -391,9 +392,11 @@ def live_changes(
             "covariates moved by 3 standard errors or more": float(moved.height),
             "documents": markdown_table(change.documents.select(counted).to_dicts()),
             "largest moves": markdown_table(
-                moved.select("domain", "covariate", "before", "after", "effect", "z").to_dicts()
+                moved.select("domain", "covariate", "before", "after", "z").to_dicts()
             ),
-            "picture": dg.MetadataValue.md(f"![moves](data:image/svg+xml;base64,{picture})"),
+            "moves of the covariates in use": dg.MetadataValue.md(
+                f"![moves](data:image/svg+xml;base64,{picture})"
+            ),
         },
     )
 

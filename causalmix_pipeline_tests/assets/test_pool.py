@@ -98,7 +98,7 @@ def test_what_changed_since_the_profile_before_is_told(profile):
     assert (number(made, "documents in"), number(made, "documents out")) == (9, 0)
     moved = profile.value("live_changes")["covariates"][0]
     assert moved["domain"] == "math" and abs(moved["effect"]) > 0
-    assert "data:image/svg+xml" in made.metadata["picture"].value
+    assert "data:image/svg+xml" in made.metadata["moves of the covariates in use"].value
     assert again.tags["dagster/data_version"] == made.tags["dagster/data_version"]
 
 
