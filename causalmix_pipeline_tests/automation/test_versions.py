@@ -12,7 +12,6 @@ TASKS = [
 ]
 PROXY = {
     "preset": "tests",
-    "workers": 2,
     "overrides": {"vocab_size": 384, "sequence_length": 32},
 }
 DESIGN = {"n_runs": 16, "mixtures_per_state": 2, "noise_panel": {"mixtures": 2, "seeds": 2}}
@@ -36,13 +35,16 @@ def versions(root, **overrides) -> dict[str, str]:
         ({"policy": {"budget_tokens": 10**6}}, RECOMMENDATION | {"training_export"}),
         ({"tasks": [TASKS[0] | {"weight": 0.5}, TASKS[1]]}, RECOMMENDATION | {"validation_runs"}),
         ({"tasks": TASKS[:1]}, RECOMMENDATION | {"eval_tasks", "validation_runs"}),
-        ({"covariates": ["log2_tokens"]}, {"run_table"}),
+        ({"covariates": ["log2_tokens"]}, {"run_table", "live_covariates"}),
+        ({"covariates": ["mtld_p90"]}, {"run_table", "live_covariates"}
+         | {"pool_states", "normaliser"}),
         ({"estimators": ["regmix"]}, {"cate_model"}),
         ({"design": DESIGN | {"n_runs": 18}}, {"mixture_design", "pool_states"}),
         ({"design": DESIGN | {"noise_panel": {"mixtures": 2, "seeds": 3}}}, {"mixture_design"}),
         ({"design": DESIGN | {"states": {"noise": 0.1}}}, {"pool_states", "mixture_design"}
-         | {"experiment_documents"}),
-        ({"proxy": PROXY | {"workers": 1}}, set()),
+         | {"experiment_documents", "normaliser"}),
+        ({"backend": {"workers": 1}}, set()),
+        ({"profile": {"vocd_budget_tokens": 5_000}}, {"experiment_documents", "live_documents"}),
         ({"proxy": PROXY | {"overrides": PROXY["overrides"] | {"steps": 40}}}, {"mixture_design"}
          | {"validation_runs"}),
         ({"proxy": PROXY | {"overrides": PROXY["overrides"] | {"vocab_size": 400}}},
