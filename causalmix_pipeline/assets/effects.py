@@ -15,12 +15,12 @@ from causalmix_pipeline.adapters.experiment import collect_runs
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import STATE_COLUMNS, design_of, domains_of, state_values
 from causalmix_pipeline.assets.pictures import markdown_table
-from causalmix_pipeline.assets.pool import progress_teller
 from causalmix_pipeline.assets.proxy import records_of
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
 from causalmix_pipeline.core.covariate_choice import choose_covariates
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.resources.frame_store import VALUES
+from causalmix_pipeline.resources.progress import progress_teller
 from causalmix_pipeline.resources.project import Project
 
 

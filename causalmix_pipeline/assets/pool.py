@@ -1,7 +1,6 @@
 """The two pools, and what is known of their documents."""
 
 import base64
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.pool_change import compare_profiles
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observed_version
-from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
+from causalmix_pipeline.resources.progress import progress_teller
 from causalmix_pipeline.resources.project import Project
 
 #: Fewest documents of a domain that pool states are drawn from.
@@ -117,26 +116,6 @@ def profile(
     )
     write_value(project.folder("quarantine", f"{name}.parquet"), found.quarantine)
     return found
-
-
-def progress_teller(
-    tell: Callable[[str], None], *, every: float = 2.0
-) -> Callable[[str, int, int], None]:
-    """Lines of progress with the time that is left, at most every few seconds a stage."""
-    started: dict[str, float] = {}
-    told: dict[str, float] = {}
-
-    def on_progress(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what not in started:
-            started[what] = told[what] = now
-        if now - told[what] < every and done < total:
-            return
-        told[what] = now
-        left = (now - started[what]) / max(done, 1) * (total - done)
-        tell(f"{PROGRESS_PREFIX}{done} of {total} {what}, {left:.0f} s left")
-
-    return on_progress
 
 
 def domain_rows(documents: pl.DataFrame) -> list[dict]:

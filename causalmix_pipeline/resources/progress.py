@@ -32,3 +32,18 @@ class Progress:
         self._told = now
         left = (now - self._started) / max(self.done, 1) * (self.total - self.done)
         self._tell(f"{PROGRESS_PREFIX}{self.done} of {self.total} {self.what}, {left:.0f} s left")
+
+
+def progress_teller(tell: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Takes what is being done, how much is done, and of how much; counts each stage apart.
+
+    Args:
+        tell: takes a line, such as the log of a step.
+    """
+    stages: dict[str, Progress] = {}
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        stage = stages.setdefault(what, Progress(total, what, tell))
+        stage.add(done - stage.done)
+
+    return on_progress

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from causalmix_pipeline.adapters.pool_door import ColumnMap
 from causalmix_pipeline.core.covariates import (
     DOCUMENT_COLUMNS,
     DOMAIN_COVARIATES,
@@ -133,16 +134,7 @@ class Columns(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError(
-                f"columns.prompt and columns.response must be set both or neither, got "
-                f"{self.prompt!r} and {self.response!r}"
-            )
-        if self.prompt is not None and self.messages is not None:
-            raise ValueError(
-                f"columns.messages must be null where columns.prompt is set, got "
-                f"{self.messages!r}: a document has one form"
-            )
+        ColumnMap(**self.model_dump())  # its rules are the reader's
         taken = {*METRICS, *MODEL_METRICS, *DOMAIN_COVARIATES, *DOCUMENT_COLUMNS}
         for name in self.numbers:
             if name in taken:

@@ -90,3 +90,17 @@ def test_a_fingerprint_follows_its_own_sections_only():
 
     assert plain.fingerprint("seed") != other.fingerprint("seed")
     assert plain.fingerprint("policy", "design") == other.fingerprint("policy", "design")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "q"}, "columns.prompt and columns.response belong together"),
+        ({"prompt": "q", "response": "a", "messages": "m"}, "two forms of a document"),
+        ({"numbers": ("text",)}, "columns.numbers must be different"),
+        ({"numbers": ("mtld",)}, "must not use the name of a metric"),
+    ],
+)
+def test_columns_that_contradict_themselves_are_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(columns=columns)
