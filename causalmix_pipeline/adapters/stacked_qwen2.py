@@ -43,16 +43,13 @@ class StackedQwen2:
             layers); "vectors" (K, all biases and norms).
     """
 
-    def __init__(
-        self, config: ProxyConfig, n_models: int, *, device: str = "cpu", bf16: bool = False
-    ) -> None:
+    def __init__(self, config: ProxyConfig, n_models: int, *, device: str = "cpu") -> None:
         """Make K equal models with the weights of `config.init_seed`.
 
         Args:
             config: the shape of the models.
             n_models: K, >= 1.
             device: where torch computes.
-            bf16: round the inputs of matrix products to bfloat16.
 
         Raises:
             ProxyError: if `n_models` is below 1, or the device is not there.
@@ -71,7 +68,6 @@ class StackedQwen2:
             )
         self.config = config
         self.n_models = n_models
-        self.bf16 = bf16
         self.weights, self.flat_weights = self._allocate()
         self.gradients, self.flat_gradients = self._allocate()
         self._memory: dict[str, torch.Tensor] = {}
@@ -168,7 +164,7 @@ class StackedQwen2:
         import torch
 
         add = out if add is None else add
-        if self.bf16:
+        if self.config.bf16:
             product = torch.bmm(left.bfloat16(), right.bfloat16()).float().mul_(alpha)
             return out.copy_(product if beta == 0 else product.add_(add, alpha=beta))
         return torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)

@@ -34,7 +34,6 @@ def train_stack(
     eval_windows: Mapping[str, np.ndarray],
     *,
     device: str = "cpu",
-    bf16: bool = False,
     progress: Progress | None = None,
     model: StackedQwen2 | None = None,
 ) -> StackResult:
@@ -50,8 +49,6 @@ def train_stack(
         n_models: K, how many models are trained; >= 1.
         eval_windows: for each task the held-out tokens, shape (W, L + 1), W >= 1.
         device: where torch computes, such as "cpu" or "cuda".
-        bf16: round the inputs of matrix products to bfloat16. For accelerators: weights, sums and
-            everything else stay fp32.
         progress: called after each of the `TRAIN_LOSS_POINTS` stretches with the number of
             finished steps and the loss of the stretch, shape (K,).
         model: the stack to train, for a caller who wants its weights; made anew by default.
@@ -69,7 +66,7 @@ def train_stack(
     with _one_thread():
         wall, cpu = time.perf_counter(), time.process_time()
         if model is None:
-            model = StackedQwen2(config, n_models, device=device, bf16=bf16)
+            model = StackedQwen2(config, n_models, device=device)
         train_loss_KS = _train(model, next_batch, progress)
         eval_nats = {task: model.summed_nats(windows) for task, windows in eval_windows.items()}
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

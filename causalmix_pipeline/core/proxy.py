@@ -49,6 +49,7 @@ class ProxyConfig:
     betas: tuple[float, float] = _dial((0.9, 0.95), "AdamW's two decay rates; in [0, 1).")
     init_seed: int = _dial(0, "Seed of the first weights, the same for all runs of a design.")
     rope_theta: float = _dial(10000.0, "Base of the rotary position frequencies; > 1.")
+    bf16: bool = _dial(False, "Round the inputs of matrix products to bfloat16; weights stay fp32.")
 
     def __post_init__(self) -> None:
         """Check each field, and the rules between fields."""
@@ -156,8 +157,14 @@ class ProxyConfig:
         return self.learning_rate * (self.final_lr_share + (1 - self.final_lr_share) * cosine)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, in values that JSON holds; `ProxyConfig(**...)` reads them back."""
-        return {**asdict(self), "betas": list(self.betas)}
+        """All fields by name, in values that JSON holds; `ProxyConfig(**...)` reads them back.
+
+        A run is named by these values, so fields that came later are left out at their default.
+        """
+        values = {**asdict(self), "betas": list(self.betas)}
+        if not self.bf16:
+            del values["bf16"]
+        return values
 
     @classmethod
     def describe(cls) -> dict[str, str]:

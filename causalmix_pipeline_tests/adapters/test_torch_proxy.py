@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -394,7 +395,7 @@ def test_bf16_products_stay_close_to_fp32():
     """The path for accelerators, tried on the CPU: other roundings, the same learning."""
     batches = draw_batches(DEEP, 2)
 
-    exact, rounded = train(DEEP, batches), train(DEEP, batches, bf16=True)
+    exact, rounded = train(DEEP, batches), train(replace(DEEP, bf16=True), batches)
 
     assert not same_bits(exact.train_loss_KS, rounded.train_loss_KS)
     np.testing.assert_allclose(rounded.train_loss_KS, exact.train_loss_KS, atol=0.05)
@@ -436,7 +437,8 @@ def test_memory_too_small_for_one_model_is_refused():
 def test_a_gpu_learns_as_the_cpu_does(bf16):
     batches = draw_batches(DEEP, 3)
 
-    on_cpu, on_gpu = train(DEEP, batches), train(DEEP, batches, device="cuda", bf16=bf16)
+    on_cpu = train(DEEP, batches)
+    on_gpu = train(replace(DEEP, bf16=bf16), batches, device="cuda")
 
     np.testing.assert_allclose(
         on_gpu.train_loss_KS, on_cpu.train_loss_KS, atol=0.05 if bf16 else 2e-3

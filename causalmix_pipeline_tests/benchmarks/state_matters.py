@@ -239,12 +239,17 @@ def weights_of(objective: str, tasks: list[str]) -> np.ndarray:
 
 
 def recommend_for_new_states(
-    bench: Bench, runs: RunTable, plan: DesignPlan, n_new: int, objectives: tuple[str, ...]
+    bench: Bench,
+    runs: RunTable,
+    plan: DesignPlan,
+    n_new: int,
+    objectives: tuple[str, ...],
+    first_state: int = NEW_STATES_FROM,
 ) -> tuple[list[str], dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]]:
     """Mixtures of each (objective, method) for each new state, and what B promises."""
     index = index_documents(bench.documents, bench.domains, bench.ranges)
     memberships = [
-        draw_state(index, bench.ranges, state_id=NEW_STATES_FROM + m, seed=plan.seed)[1]
+        draw_state(index, bench.ranges, state_id=first_state + m, seed=plan.seed)[1]
         for m in range(n_new)
     ]
     names = bench.normaliser.covariates
@@ -366,6 +371,7 @@ def main() -> None:
     parser.add_argument("--objectives", default="wants,alike", help="of the new states")
     parser.add_argument("--runs", type=int, default=240)
     parser.add_argument("--new-states", type=int, default=16)
+    parser.add_argument("--new-states-from", type=int, default=NEW_STATES_FROM)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--large", type=int, default=0, help="new states trained at the larger size"
@@ -392,7 +398,7 @@ def main() -> None:
     table = out_of_fold(runs, (*METHODS, "lightgbm_state", "causal_forest"), seed=0)
     table.write_csv(args.out / f"out_of_fold_{name}.csv")
     hashes, mixtures, promised = recommend_for_new_states(
-        bench, runs, plan, args.new_states, objectives
+        bench, runs, plan, args.new_states, objectives, args.new_states_from
     )
     for objective, values in promised.items():
         print(f"promised by response_surface, {objective}: {values.mean():.4f} bits/byte")

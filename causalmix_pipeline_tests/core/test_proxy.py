@@ -59,7 +59,12 @@ def test_a_configuration_survives_json():
 
 def test_every_field_is_described():
     assert all(len(text) > 10 for text in ProxyConfig.describe().values())
-    assert set(ProxyConfig.describe()) == set(ProxyConfig().to_dict())
+    assert set(ProxyConfig.describe()) == set(ProxyConfig(bf16=True).to_dict())
+
+
+def test_a_field_that_came_later_names_no_run_anew_at_its_default():
+    assert "bf16" not in ProxyConfig().to_dict()
+    assert ProxyConfig(**ProxyConfig(bf16=True).to_dict()).bf16
 
 
 @pytest.mark.parametrize(
