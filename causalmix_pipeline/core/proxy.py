@@ -112,6 +112,11 @@ class ProxyConfig:
         return self.hidden // self.heads
 
     @property
+    def eval_length(self) -> int:
+        """Tokens predicted in one window of held-out text."""
+        return self.sequence_length
+
+    @property
     def windows(self) -> int:
         """Windows that a run reads: `steps` times `batch_size`."""
         return self.steps * self.batch_size

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
 
+from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 
 #: Raise when the same spec would give another outcome: sampler, engine, evaluation.
@@ -37,7 +38,7 @@ class ProxySpec:
     eval_hash: str
     mixture: tuple[float, ...]
     data_seed: int
-    config: ProxyConfig
+    config: ProxyConfig | PretrainedConfig
     engine: str
 
     def to_dict(self) -> dict:
@@ -67,6 +68,10 @@ class ProxyRecord:
         train_loss: nats per token, means over equal stretches of the run.
         diverged: the loss wasn't finite, or ended above that of a uniform guess.
         cpu_seconds: this run's part of its stack's processor time.
+        scores: score of each task that isn't held-out loss, such as the share of right answers.
+        epochs: how often the run read each domain's data, in the spec's order of domains; empty
+            in a record of an earlier version.
+        seconds: wall-clock time of the run's stack; 0 in a record of an earlier version.
     """
 
     key: str
@@ -76,6 +81,9 @@ class ProxyRecord:
     train_loss: list[float]
     diverged: bool
     cpu_seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+    epochs: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @runtime_checkable
