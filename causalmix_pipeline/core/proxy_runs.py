@@ -91,12 +91,19 @@ class ProxyBackend(Protocol):
     """Where proxy runs are trained."""
 
     def train(
-        self, specs: Sequence[ProxySpec], on_done: Callable[[Sequence[ProxyRecord]], None]
+        self,
+        specs: Sequence[ProxySpec],
+        on_done: Callable[[Sequence[ProxyRecord]], None],
+        *,
+        on_failed: Callable[[ProxySpec, str], None] | None = None,
+        on_started: Callable[[Sequence[ProxySpec]], None] | None = None,
     ) -> None:
         """Train each spec that has no record yet and keep its record.
 
         Args:
             specs: the runs to train.
             on_done: called with the records of each batch of runs as it ends.
+            on_failed: called with a run that is given up, and why.
+            on_started: called with runs as a worker takes them.
         """
         ...
