@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -31,6 +30,7 @@ from causalmix_pipeline.adapters.demo_sources import (
     other_languages,
     read_sources,
 )
+from causalmix_pipeline.adapters.ngram_overlap import ngrams
 from causalmix_pipeline.core.errors import PoolError
 
 #: sha256 of the assembled pool (`pool_sha256`); changes only with `PINNED` or this module.
@@ -58,7 +58,6 @@ EVAL_SHARE, LIVE_SHARE, DROP_SHARE = 0.10, 0.10, 0.15
 LIVE_SIZE, LIVE_FIRST = 0.6, 0.85
 #: An evaluation item that shares a 13-gram with more training items than this is dropped itself.
 MANY = 3
-NGRAM = 13
 
 Progress = Callable[[float, str], None]
 
@@ -296,34 +295,6 @@ def _part(root: Path, part: str) -> Path:
 # ---------------------------------------------------------------------------- shared n-grams
 
 
-def count_shared_ngrams(train: Iterable[str], evaluation: Iterable[str], n: int = NGRAM) -> int:
-    """Count the distinct word n-grams that training and evaluation texts share.
-
-    Words are runs of letters, digits and underscores, lower-cased; all else is a blank.
-
-    Args:
-        train: training texts.
-        evaluation: evaluation texts.
-        n: words in an n-gram, >= 1.
-
-    Returns:
-        The number of distinct n-grams of `evaluation` that also stand in `train`.
-    """
-    held_out = set().union(*(_ngrams(text, n) for text in evaluation))
-    shared: set[str] = set()
-    for text in train:
-        shared |= _ngrams(text, n) & held_out
-    return len(shared)
-
-
-_WORD = re.compile(r"\w+")
-
-
-def _ngrams(text: str, n: int = NGRAM) -> set[str]:
-    words = _WORD.findall(text.lower())
-    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
 def _separate(
     train: dict[str, list[Item]], held_out: dict[str, list[Item]]
 ) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
@@ -332,15 +303,15 @@ def _separate(
     What stands in many training items is common wording, and the evaluation item goes; what stands
     in a few is a near copy, and the training items go.
     """
-    grams = set().union(*(_ngrams(text) for items in held_out.values() for _, text in items))
-    hits = {source: [_ngrams(text) & grams for _, text in items] for source, items in train.items()}
+    grams = set().union(*(ngrams(text) for items in held_out.values() for _, text in items))
+    hits = {source: [ngrams(text) & grams for _, text in items] for source, items in train.items()}
     uses = Counter(gram for found in hits.values() for shared in found for gram in shared)
     common = {gram for gram, count in uses.items() if count > MANY}
     kept = {
-        source: [item for item in items if common.isdisjoint(_ngrams(item[1]))]
+        source: [item for item in items if common.isdisjoint(ngrams(item[1]))]
         for source, items in held_out.items()
     }
-    grams = set().union(*(_ngrams(text) for items in kept.values() for _, text in items))
+    grams = set().union(*(ngrams(text) for items in kept.values() for _, text in items))
     clean = {
         source: [
             item
@@ -430,9 +401,9 @@ def _drop_bridges(
     documents: dict[str, list[Item]], evaluation: dict[str, list[Item]]
 ) -> dict[str, list[Item]]:
     """Drop training documents whose joined items make a 13-gram of the evaluation text."""
-    grams = set().union(*(_ngrams(text) for docs in evaluation.values() for _, text in docs))
+    grams = set().union(*(ngrams(text) for docs in evaluation.values() for _, text in docs))
     return {
-        source: [item for item in docs if grams.isdisjoint(_ngrams(item[1]))]
+        source: [item for item in docs if grams.isdisjoint(ngrams(item[1]))]
         for source, docs in documents.items()
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import polars as pl
 
 from causalmix_pipeline.adapters.local_backend import engine_name
 from causalmix_pipeline.adapters.pool_files import pool_files
+from causalmix_pipeline.adapters.pretrained_proxy import pretrained_engine_name
 from causalmix_pipeline.adapters.profiler import (
     PoolSpec,
     pool_batches,
@@ -24,13 +25,14 @@ from causalmix_pipeline.adapters.profiler import (
     survey_pool,
 )
 from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
+from causalmix_pipeline.adapters.task_files import file_digest
+from causalmix_pipeline.adapters.task_tokenizers import check_questions, open_task_tokenizer
 from causalmix_pipeline.adapters.token_scores import (
     CrossFittedModel,
     PoolLanguageModel,
     TokenScorer,
 )
 from causalmix_pipeline.adapters.tokenizer import (
-    END_ID,
     TokenStore,
     cut_windows,
     encode_texts,
@@ -55,9 +57,11 @@ from causalmix_pipeline.core.pool_state import (
     draw_state,
     index_documents,
 )
+from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.tasks import Direction, HarnessTask, QuestionText, outcome_of
 
 #: Evaluation windows of a task, spread evenly over its text.
 MAX_EVAL_WINDOWS = 64
@@ -402,31 +406,37 @@ def keep_states(
 
 
 def build_evaluation(
-    texts: Mapping[str, Sequence[str]], tokenizer: PoolTokenizer, *, sequence_length: int
+    texts: Mapping[str, Sequence[str]],
+    tokenizer: PoolTokenizer,
+    *,
+    sequence_length: int,
+    questions: Mapping[str, Sequence[QuestionText]] | None = None,
+    harness: Mapping[str, HarnessTask] | None = None,
+    model_folder: str | None = None,
+    context: int | None = None,
 ) -> tuple[EvalWindows, str]:
-    """Cut each task's held-out text into windows.
+    """Cut each task's held-out text into windows, and encode the questions of the others.
 
     Args:
         texts: task to its held-out documents.
         tokenizer: of the experiment pool.
         sequence_length: predicted tokens a window, L.
+        questions: task to its questions.
+        harness: task to its place in the lm-evaluation-harness.
+        model_folder: folder of the pretrained model whose own tokenizer is used instead.
+        context: tokens that the model can read; None takes L.
 
     Returns:
-        The windows, and their content hash.
+        The evaluation, and its content hash.
 
     Raises:
-        PoolError: if a task's text is shorter than one window.
+        PoolError: if a task's text is shorter than one window, or a question fills the context.
     """
-    from tokenizers import Tokenizer
-
-    bpe = Tokenizer.from_str(tokenizer.tokenizer_json)
-    # A byte-level token has one character per byte; the end of text stands for none.
-    n_bytes_V = np.array([len(bpe.id_to_token(i) or "") for i in range(bpe.get_vocab_size())])
-    n_bytes_V[END_ID] = 0
-    digest = hashlib.sha256(tokenizer.tokenizer_hash.encode())
+    encoder = open_task_tokenizer(model_folder or tokenizer.tokenizer_json)
+    digest = hashlib.sha256(encoder.digest.encode())
     windows, n_bytes, unigram_nats = {}, {}, {}
     for task, documents in texts.items():
-        encoded = encode_texts(tokenizer.tokenizer_json, list(documents))
+        encoded, sizes = encoder.encode_with_bytes(list(documents))
         tokens = np.concatenate([np.zeros(0, np.uint32), *encoded])
         if len(tokens) <= sequence_length:
             raise PoolError(
@@ -434,15 +444,43 @@ def build_evaluation(
                 f"window of {sequence_length + 1}. Add text to the task's path."
             )
         offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])])
-        cut = cut_windows(tokens, offsets, np.arange(len(encoded)), sequence_length)
+        order = np.arange(len(encoded))
+        cut = cut_windows(tokens, offsets, order, sequence_length, end_id=encoder.end_id)
+        # The end of text stands for no byte.
+        bytes_WL = cut_windows(np.concatenate(sizes), offsets, order, sequence_length, end_id=0)
         chosen = np.unique(np.linspace(0, len(cut) - 1, MAX_EVAL_WINDOWS).round().astype(int))
         windows[task] = cut[chosen]
-        n_bytes[task] = int(n_bytes_V[windows[task][:, 1:]].sum())
+        n_bytes[task] = int(bytes_WL[chosen, 1:].sum())
         share = np.bincount(tokens) / len(tokens)
         share = share[share > 0]
         unigram_nats[task] = float(-(share * np.log(share)).sum())
         digest.update(task.encode() + b"\0" + windows[task].tobytes())
-    return EvalWindows(windows, n_bytes, unigram_nats), digest.hexdigest()[:32]
+    evaluation = EvalWindows(windows, n_bytes, unigram_nats)
+    if questions or harness:
+        encoded_questions = {
+            task: [encoder.question(text) for text in of_task]
+            for task, of_task in (questions or {}).items()
+        }
+        for task, of_task in encoded_questions.items():
+            check_questions(task, of_task, context=context or sequence_length)
+        evaluation = replace(
+            evaluation,
+            questions=encoded_questions,
+            harness=dict(harness or {}),
+            tokenizer=encoder.name,
+        )
+        digest.update(_questions_content(evaluation))
+    return evaluation, digest.hexdigest()[:32]
+
+
+def _questions_content(evaluation: EvalWindows) -> bytes:
+    """What names questions and harness tasks: their content, not the folders they lie in."""
+    places = {
+        task: [file_digest(Path(place.folder)), place.name, place.max_questions]
+        for task, place in evaluation.harness.items()
+    }
+    named = replace(evaluation, tokenizer="", harness={})
+    return named.questions_json() + json.dumps(places, sort_keys=True).encode()
 
 
 def make_specs(
@@ -451,9 +489,12 @@ def make_specs(
     *,
     tokens_hash: str,
     eval_hash: str,
-    config: ProxyConfig,
+    config: ProxyConfig | PretrainedConfig,
+    device: str = "cpu",
 ) -> list[ProxySpec]:
-    """The spec of each proxy run of a design."""
+    """The spec of each proxy run of a design, trained on a kind of device."""
+    name = engine_name if isinstance(config, ProxyConfig) else pretrained_engine_name
+    engine = name(device)
     return [
         ProxySpec(
             state_hash=state_hashes[int(state)],
@@ -462,7 +503,7 @@ def make_specs(
             mixture=tuple(mixture_D.tolist()),
             data_seed=int(seed),
             config=config,
-            engine=engine_name(),
+            engine=engine,
         )
         for state, mixture_D, seed in zip(
             design.state_N, design.mixture_ND, design.data_seed_N, strict=True
@@ -478,10 +519,12 @@ def collect_runs(
     domains: Sequence[str],
     covariates: Sequence[str],
     tasks: Sequence[str],
+    directions: Mapping[str, Direction] | None = None,
 ) -> RunTable:
     """Join finished runs with the covariates of their states.
 
-    Diverged runs are left out; outcomes are minus the bits per byte, so larger is better.
+    Runs that diverged or lack an outcome of a task are left out. Larger outcomes are better: minus
+    the bits per byte of held-out text, the score otherwise.
 
     Args:
         records: one per run of the design, in its order.
@@ -490,14 +533,23 @@ def collect_runs(
         domains: D domains.
         covariates: their names, P of them.
         tasks: T tasks.
+        directions: which way a task's score is better; see `outcome_of`.
 
     Raises:
-        EstimationError: if every run diverged.
+        EstimationError: if every run diverged, or no run has an outcome of every task.
     """
-    kept = [i for i, record in enumerate(records) if not record.diverged]
-    if not kept:
+    if all(record.diverged for record in records):
         raise EstimationError(
             f"all {len(records)} proxy runs diverged. Lower proxy.learning_rate and train again."
+        )
+    outcomes = [[outcome_of(record, task, directions) for task in tasks] for record in records]
+    kept = [i for i, row in enumerate(outcomes) if None not in row]
+    if not kept:
+        lacking = [task for t, task in enumerate(tasks) if all(row[t] is None for row in outcomes)]
+        raise EstimationError(
+            f"tasks must have an outcome in some proxy run, got none of {lacking or list(tasks)} "
+            f"in {len(records)} runs: materialise eval_tasks and what follows, or take the task "
+            "off the settings."
         )
     return RunTable(
         domains=tuple(domains),
@@ -507,7 +559,7 @@ def collect_runs(
         state_ids=design.state_N[kept],
         state_NDP=values_MDP[design.state_N[kept]],
         mixture_ND=design.mixture_ND[kept],
-        outcome_NT=-np.array([[records[i].bits_per_byte[t] for t in tasks] for i in kept]),
+        outcome_NT=np.array([outcomes[i] for i in kept], dtype=float),
         repeat_of_N=design.cell_N[kept],
     )
 

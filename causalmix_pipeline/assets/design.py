@@ -1,13 +1,12 @@
 """What the experiment trains: tasks, pool states, mixtures, and what that costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import dagster as dg
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.demo_pool import count_shared_ngrams
 from causalmix_pipeline.adapters.experiment import (
     DomainSampler,
     PoolTokenizer,
@@ -18,57 +17,133 @@ from causalmix_pipeline.adapters.experiment import (
     make_specs,
     spec_table,
 )
-from causalmix_pipeline.adapters.local_backend import engine_name
-from causalmix_pipeline.adapters.pool_files import pool_files
-from causalmix_pipeline.adapters.profiler import pool_batches
+from causalmix_pipeline.adapters.lm_eval_tasks import check_harness
+from causalmix_pipeline.adapters.model_tokens import describe_model, write_model_tokens
+from causalmix_pipeline.adapters.ngram_overlap import OverlapFinder, find_overlap
+from causalmix_pipeline.adapters.run_store import EvalWindows
 from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.adapters.task_files import (
+    harness_texts,
+    read_questions,
+    read_text_column,
+)
 from causalmix_pipeline.assets.pictures import markdown_table
 from causalmix_pipeline.core.covariates import QUANTILES
 from causalmix_pipeline.core.design import Design, make_design
 from causalmix_pipeline.core.errors import ConfigError, PoolError
+from causalmix_pipeline.core.pretrained import PretrainedConfig
+from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxySpec
+from causalmix_pipeline.core.tasks import HarnessTask, QuestionText
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
+from causalmix_pipeline.resources.settings import Task
 
 
 def read_task_texts(project: Project) -> dict[str, list[str]]:
-    """The held-out documents of each task.
+    """The held-out documents of each task that measures loss.
 
     Raises:
         ConfigError: if no task is named.
         PoolError: if a task's file is missing or holds no usable text.
     """
+    return {
+        task.name: read_text_column(path, project.settings.columns.text)
+        for task, path in task_files(project)
+        if task.kind == "loss"
+    }
+
+
+def read_task_questions(project: Project) -> dict[str, list[QuestionText]]:
+    """The questions of each task that asks some.
+
+    Raises:
+        PoolError: if a task's file is missing, or a row breaks a rule.
+    """
+    return {
+        task.name: read_questions(
+            path,
+            task.kind,
+            max_questions=task.max_questions,
+            max_new_tokens=task.max_new_tokens,
+            measure=task.measure,
+        )
+        for task, path in task_files(project)
+        if task.kind in ("choice", "exact")
+    }
+
+
+def read_harness_tasks(project: Project) -> dict[str, HarnessTask]:
+    """Each task of the lm-evaluation-harness, which must find it in its folder.
+
+    Raises:
+        ConfigError: if the proxy isn't a pretrained model, or the harness lacks the task.
+        PoolError: if a task's folder is missing.
+    """
+    found = {
+        task.name: HarnessTask(str(path), task.harness_task, task.max_questions)
+        for task, path in task_files(project)
+        if task.kind == "lm_eval" and task.harness_task is not None
+    }
+    if found and project.settings.proxy.pretrained is None:
+        raise ConfigError(
+            f"tasks of kind lm_eval must have proxy.pretrained set, got null with {list(found)}: "
+            "the harness takes real models only. Set it, or use the kinds loss, choice and exact."
+        )
+    if found:
+        check_harness(found)
+    return found
+
+
+def task_files(project: Project) -> list[tuple[Task, Path]]:
+    """Each task with its file, or its folder, which is there.
+
+    Raises:
+        ConfigError: if no task is named.
+        PoolError: if one is missing.
+    """
     settings = project.settings
     if not settings.tasks:
         raise ConfigError(
             "tasks must hold at least one task, got none: say in the settings what the model shall "
-            "be good at, with held-out text of it."
+            "be good at, with held-out text or questions of it."
         )
-    texts = {}
-    for i, (name, path) in enumerate(settings.task_paths.items()):
-        if not path.is_file():
+    found = [(task, settings.resolve(task.path)) for task in settings.tasks]
+    for i, (task, path) in enumerate(found):
+        if task.kind == "lm_eval" and not path.is_dir():
+            raise PoolError(
+                f"tasks[{i}].path must be a folder with the harness's task, got {path}, which "
+                "isn't there: correct the path, or put the YAML file and its data there."
+            )
+        if task.kind != "lm_eval" and not path.is_file():
+            what = "held-out text" if task.kind == "loss" else "questions"
             raise PoolError(
                 f"tasks[{i}].path must be a JSONL or Parquet file, got {path}, which isn't there: "
-                "correct the path, or put held-out text there."
+                f"correct the path, or put {what} there."
             )
-        texts[name] = read_text_column(path, settings.columns.text)
-    return texts
+    return found
 
 
-def read_text_column(path: Path, column: str) -> list[str]:
-    """The texts of one file; held-out text must be clean, so nothing is left out.
+def evaluation_texts(
+    texts: Mapping[str, Sequence[str]],
+    questions: Mapping[str, Sequence[QuestionText]],
+    harness: Mapping[str, HarnessTask],
+) -> dict[str, list[str]]:
+    """What no training document may hold, by task."""
+    return (
+        {task: list(of_task) for task, of_task in texts.items()}
+        | {task: [t for q in of_task for t in q.texts()] for task, of_task in questions.items()}
+        | {task: harness_texts(place) for task, place in harness.items()}
+    )
 
-    Raises:
-        PoolError: if the file can't be read, lacks the column, or holds no text there.
-    """
-    try:
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_ndjson(path)
-        texts = frame[column].cast(pl.String).drop_nulls().to_list()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise PoolError(f"{path} must hold text in column {column!r}, got: {error}.") from error
-    if not any(text.strip() for text in texts):
-        raise PoolError(f"{path} must hold text in column {column!r}, got none: add documents.")
-    return texts
+
+def pretrained_folder(project: Project) -> str | None:
+    """The pretrained model whose tokenizer reads the tasks: a folder, or a name on a hub."""
+    pretrained = project.settings.proxy.pretrained
+    if pretrained is None:
+        return None
+    folder = project.settings.resolve(pretrained)
+    return str(folder) if folder.exists() else pretrained
 
 
 @dg.asset(
@@ -82,56 +157,77 @@ def read_text_column(path: Path, column: str) -> list[str]:
             "held_out",
             asset="eval_tasks",
             blocking=True,
-            description="No 13 words in a row are shared by a task's text and the experiment pool.",
+            description="No 13 words in a row are shared by a task's file and the experiment "
+            "pool, unless the settings leave such documents out of it.",
         )
     ],
 )
 def eval_tasks(project: dg.ResourceParam[Project], tokenizer: dict) -> dg.MaterializeResult:
-    """What the model shall be good at: held-out text of each task, cut into windows.
+    """What the model shall be good at: held-out text of tasks, cut into windows, and questions.
 
-    Its loss, in bits per byte, is the outcome of a proxy run. Stale when a task's text, the
-    tokenizer or the window length changes; a weight may change freely.
+    Its loss, in bits per byte, or its score on the questions is the outcome of a proxy run. Stale
+    when a task's file, the tokenizer or the window length changes; a weight may change freely.
     """
-    texts, fitted = read_task_texts(project), PoolTokenizer.from_dict(tokenizer)
-    length = project.settings.proxy.to_config().sequence_length
-    evaluation, eval_hash = build_evaluation(texts, fitted, sequence_length=length)
-    project.run_store.put_eval(eval_hash, evaluation)
-    spec = project.pool_spec(project.settings.experiment_path, tokenizer["domains"])
-    pool = (
-        text
-        for file in pool_files(spec.location)
-        for documents, _, _ in pool_batches(file, spec)
-        for text in documents["text"]
+    texts, questions = read_task_texts(project), read_task_questions(project)
+    harness, settings = read_harness_tasks(project), project.settings
+    config, model = settings.proxy.to_config(), pretrained_folder(project)
+    evaluation, eval_hash = build_evaluation(
+        texts,
+        PoolTokenizer.from_dict(tokenizer),
+        sequence_length=config.eval_length,
+        questions=questions,
+        harness=harness,
+        model_folder=model,
+        context=config.sequence_length if model is None else describe_model(model).max_length,
     )
-    held_out = [text for of_task in texts.values() for text in of_task]
-    n_shared = count_shared_ngrams(pool, held_out)
-    rows = [
-        {
-            "task": task,
-            "weight": project.settings.task_weights[task],
-            "documents": len(texts[task]),
-            "windows": len(windows),
-            "bytes": evaluation.n_bytes[task],
-            "unigram nats": evaluation.unigram_nats[task],
-        }
-        for task, windows in evaluation.windows.items()
-    ]
+    project.run_store.put_eval(eval_hash, evaluation)
+    spec = project.pool_spec(settings.experiment_path, tokenizer["domains"])
+    overlap = OverlapFinder.of(evaluation_texts(texts, questions, harness))
+    find_overlap(overlap, spec)
+    n_shared, excluded = overlap.n_shared(), settings.quality.exclude_overlap
     value = {
         "eval_hash": eval_hash,
-        "tasks": list(texts),
+        "tasks": [task.name for task in settings.tasks],
         "unigram_nats": evaluation.unigram_nats,
         "n_bytes": evaluation.n_bytes,
     }
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
-        metadata={"tasks": markdown_table(rows)},
+        metadata={
+            "tasks": markdown_table(task_rows(project, evaluation, texts)),
+            "overlap with the pool": markdown_table(overlap.table()),
+        },
         check_results=[
             dg.AssetCheckResult(
-                check_name="held_out", passed=n_shared == 0, metadata={"shared": n_shared}
+                check_name="held_out",
+                passed=n_shared == 0 or excluded,
+                metadata={"shared": n_shared, "left out of the pools": excluded},
             )
         ],
     )
+
+
+def task_rows(
+    project: Project, evaluation: EvalWindows, texts: Mapping[str, Sequence[str]]
+) -> list[dict]:
+    """One row per task, for a table: kind, weight, size."""
+    rows = []
+    for task in project.settings.tasks:
+        name = task.name
+        row = {"task": name, "kind": task.kind, "weight": task.weight}
+        if task.kind == "loss":
+            size = {
+                "documents": len(texts[name]),
+                "windows": len(evaluation.windows[name]),
+                "bytes": evaluation.n_bytes[name],
+                "unigram nats": evaluation.unigram_nats[name],
+            }
+        else:
+            size = {"questions": len(evaluation.questions.get(name, [])) or None}
+        rows.append(row | size)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
 
 
 #: Columns of the states' table that aren't covariates.
@@ -283,13 +379,63 @@ def domains_of(mixture_design: pl.DataFrame) -> list[str]:
     return [name.removeprefix("share__") for name in names if name.startswith("share__")]
 
 
+def model_tokens(project: Project, tokens_hash: str, domains: Sequence[str]) -> str:
+    """The token store that proxies read: the pool's own, or one in the pretrained model's tokens.
+
+    Args:
+        project: names the model and the experiment pool.
+        tokens_hash: of the experiment pool's own token store, whose documents are wanted.
+        domains: of the experiment.
+    """
+    model = pretrained_folder(project)
+    if model is None:
+        return tokens_hash
+    noise_seed = project.settings.design.seed if project.state_ranges.noise > 0 else None
+    spec = project.pool_spec(project.settings.experiment_path, domains, noise_seed=noise_seed)
+    ids = project.run_store.token_store(tokens_hash).document_ids()
+    return write_model_tokens(
+        project.run_store,
+        spec,
+        pl.DataFrame({"document_id": ids}),
+        model,
+        describe_model(model).weights_hash,
+    )
+
+
+def proxy_config(project: Project, tokens_hash: str) -> ProxyConfig | PretrainedConfig:
+    """The model and recipe of the proxy runs.
+
+    Args:
+        project: its settings say which.
+        tokens_hash: of the token store that proxies read; its documents say how many tokens a
+            sample has.
+
+    Raises:
+        ConfigError: if the pretrained model can't be read, or not as long a sequence.
+    """
+    proxy, model = project.settings.proxy, pretrained_folder(project)
+    if model is None:
+        return proxy.to_config()
+    facts = describe_model(model)
+    lengths = np.diff(project.run_store.token_store(tokens_hash).offsets())
+    config = proxy.to_pretrained(
+        model, weights_hash=facts.weights_hash, mean_tokens=float(lengths[lengths > 0].mean())
+    )
+    if config.sequence_length > facts.max_length:
+        raise ConfigError(
+            f"proxy.sequence_length must be <= {facts.max_length}, the longest context of {model}, "
+            f"got {config.sequence_length}. Set proxy.overrides.sequence_length."
+        )
+    return config
+
+
 def specs_of(project: Project, mixture_design: pl.DataFrame) -> list[ProxySpec]:
     """The spec of each proxy run of a design's table.
 
     Raises:
         ConfigError: if the settings or the engine changed since the table was made.
     """
-    config = project.settings.proxy.to_config()
+    config = proxy_config(project, mixture_design["tokens_hash"][0])
     hashes = {
         state: name for state, name in mixture_design.select("state_id", "state_hash").iter_rows()
     }
@@ -299,6 +445,7 @@ def specs_of(project: Project, mixture_design: pl.DataFrame) -> list[ProxySpec]:
         tokens_hash=mixture_design["tokens_hash"][0],
         eval_hash=mixture_design["eval_hash"][0],
         config=config,
+        device=project.device,
     )
     if [spec.key for spec in specs] != mixture_design["proxy_run_id"].to_list():
         raise ConfigError(
@@ -337,13 +484,15 @@ def mixture_design(
     domains, plan = tokenizer["domains"], project.design_plan
     design = make_design(plan, len(domains))
     hashes = pool_states.unique("state_id", maintain_order=True)["state_hash"].to_list()
-    tokens_hash, eval_hash = pool_states["tokens_hash"][0], eval_tasks["eval_hash"]
+    tokens_hash = model_tokens(project, pool_states["tokens_hash"][0], domains)
+    eval_hash = eval_tasks["eval_hash"]
     specs = make_specs(
         design,
         hashes,
         tokens_hash=tokens_hash,
         eval_hash=eval_hash,
-        config=project.settings.proxy.to_config(),
+        config=proxy_config(project, tokens_hash),
+        device=project.device,
     )
     frame = spec_table(specs, design, domains).with_columns(
         tokens_hash=pl.lit(tokens_hash), eval_hash=pl.lit(eval_hash)
@@ -356,7 +505,7 @@ def mixture_design(
             "proxy runs": float(len(specs)),
             "distinct pairs": float(plan.n_runs),
             "pool states": float(len(hashes)),
-            "engine": engine_name(),
+            "engine": specs[0].engine,
             "shares": markdown_table(share_reach(design, domains)),
         },
         check_results=[

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.experiment import PoolTokenizer, write_token_store
+from causalmix_pipeline.adapters.ngram_overlap import OverlapFinder, find_overlap
 from causalmix_pipeline.adapters.pool_files import pool_fingerprint
 from causalmix_pipeline.adapters.profiler import (
     PoolProfile,
@@ -19,6 +20,12 @@ from causalmix_pipeline.adapters.profiler import (
     survey_pool,
 )
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value, write_value
+from causalmix_pipeline.assets.design import (
+    evaluation_texts,
+    read_harness_tasks,
+    read_task_questions,
+    read_task_texts,
+)
 from causalmix_pipeline.assets.pictures import markdown_table, moves_plot
 from causalmix_pipeline.core.covariates import (
     Normaliser,
@@ -99,6 +106,8 @@ def profile(
 ) -> PoolProfile:
     """Profile a pool, and keep its refused rows with their reasons in `data/quarantine`.
 
+    Where the settings say so, documents that overlap with a task are refused, too.
+
     Args:
         project: where scores are kept and workers run.
         spec: the pool.
@@ -114,8 +123,31 @@ def profile(
         scratch=project.folder("scratch"),
         on_progress=progress_teller(tell),
     )
+    if project.settings.quality.exclude_overlap:
+        found = without_overlap(project, spec, found)
     write_value(project.folder("quarantine", f"{name}.parquet"), found.quarantine)
     return found
+
+
+def without_overlap(project: Project, spec: PoolSpec, found: PoolProfile) -> PoolProfile:
+    """The profile without documents that share 13 words in a row with a task, nor their twins.
+
+    What was measured of a domain as a whole before, its compression, stays.
+    """
+    held_out = evaluation_texts(
+        read_task_texts(project), read_task_questions(project), read_harness_tasks(project)
+    )
+    shared = find_overlap(OverlapFinder.of(held_out), replace(spec, noise_seed=None))
+    ids = shared["document_id"].unique().to_list()
+    refused = shared.select(
+        "file", "row", reason=pl.format("overlaps task {}: 13 words in a row", "task")
+    )
+    original = pl.coalesce("twin_of", "document_id")
+    return replace(
+        found,
+        documents=found.documents.filter(~original.is_in(ids)),
+        quarantine=pl.concat([found.quarantine, refused]),
+    )
 
 
 def domain_rows(documents: pl.DataFrame) -> list[dict]:
@@ -167,9 +199,7 @@ def tokenizer(
             "nothing to mix. Put documents of another domain into a folder of their own, or name "
             "the column in columns.domain."
         )
-    fitted = PoolTokenizer.fit(
-        found.sample, vocab_size=project.settings.proxy.to_config().vocab_size
-    )
+    fitted = PoolTokenizer.fit(found.sample, vocab_size=project.settings.proxy.pool_vocab_size)
     unigram_V = np.sum([half.unigram_V for half in fitted.language_model.halves], axis=0)
     value = {"domains": domains, "unigram_nats": fitted.unigram_nats, **fitted.to_dict()}
     return dg.MaterializeResult(

@@ -16,12 +16,12 @@ from causalmix_pipeline.adapters.demo_pool import (
     SOURCES,
     DemoPool,
     assemble_demo_pool,
-    count_shared_ngrams,
     drop_into_live,
     pool_sha256,
     reset_live,
 )
 from causalmix_pipeline.adapters.demo_sources import MAX_CHARS, PINNED
+from causalmix_pipeline.adapters.ngram_overlap import count_shared_ngrams
 from causalmix_pipeline.core.errors import PoolError
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"
@@ -346,21 +346,6 @@ def test_the_sha256_sees_names_contents_and_where_one_file_ends():
 
 
 # ---------------------------------------------------------------------------- shared n-grams
-
-
-def test_shared_ngrams_are_counted_whatever_the_case_and_punctuation():
-    other = LONG.upper().replace(" ", ", ")
-
-    assert count_shared_ngrams([other], [LONG]) == 1
-    assert count_shared_ngrams([LONG + " fourteen"], [f"zero {LONG} fourteen"]) == 2
-
-
-def test_twelve_shared_words_are_no_shared_13_gram():
-    shorter = LONG.rpartition(" ")[0]
-
-    assert count_shared_ngrams([shorter], [LONG]) == 0
-    assert count_shared_ngrams([shorter], [LONG], n=12) == 1
-    assert count_shared_ngrams([], [LONG]) == 0
 
 
 def test_a_near_copy_costs_the_training_item_and_common_wording_the_evaluation_item():

@@ -32,6 +32,8 @@ from causalmix_pipeline.core.design import DesignPlan, make_design
 from causalmix_pipeline.core.errors import EstimationError, PoolError
 from causalmix_pipeline.core.pool_state import Membership, StateRanges
 from causalmix_pipeline.core.proxy_runs import ProxyRecord
+from causalmix_pipeline.core.tasks import QuestionText
+from causalmix_pipeline_tests.adapters.small_models import save_model, small_lm
 from causalmix_pipeline_tests.adapters.small_pool import (
     DOMAINS,
     SmallExperiment,
@@ -300,6 +302,68 @@ def test_the_name_of_an_evaluation_follows_its_text_and_tasks():
     }
 
     assert len(names) == 4
+
+
+def test_the_name_of_held_out_text_never_changes():
+    """Records of earlier versions carry it: another name would train their runs again."""
+    texts = {"a": draw_texts("math", 40, seed=5), "b": draw_texts("prose", 40, seed=6)}
+    evaluation, name = build_evaluation(texts, TOKENIZER, sequence_length=16)
+
+    assert name == "a5dd9d446d0cb80e5f7f841bdf721e36"
+    assert evaluation.n_bytes == {"a": 1710, "b": 1724}
+
+
+QUESTION = QuestionText("choice", "a sum of", ("numbers", "words"), 0)
+
+
+def test_questions_are_part_of_an_evaluation_and_of_its_name():
+    texts = {"t": draw_texts("math", 4, seed=5)}
+    names = set()
+    others = [replace(QUESTION, label=1), replace(QUESTION, measure="accuracy")]
+    for questions in (
+        {},
+        {"q": [QUESTION]},
+        *({"q": [each]} for each in others),
+        {"r": [QUESTION]},
+    ):
+        evaluation, name = build_evaluation(
+            texts, TOKENIZER, sequence_length=16, questions=questions
+        )
+        names.add(name)
+        assert list(evaluation.questions) == list(questions)
+        assert evaluation.tokenizer == (TOKENIZER.tokenizer_json if questions else "")
+
+    assert len(names) == 5
+
+
+def test_questions_alone_are_an_evaluation():
+    evaluation, _ = build_evaluation({}, TOKENIZER, sequence_length=16, questions={"q": [QUESTION]})
+
+    assert evaluation.windows == {}
+    assert [q.label for q in evaluation.questions["q"]] == [0]
+
+
+def test_a_question_that_fills_the_context_is_refused():
+    with pytest.raises(PoolError, match="tasks: options of 'q' must be shorter"):
+        build_evaluation({}, TOKENIZER, sequence_length=2, questions={"q": [QUESTION]})
+
+
+def test_a_pretrained_model_reads_text_by_its_own_tokenizer(tmp_path):
+    save_model(tmp_path / "m", small_lm())
+    texts = {"t": draw_texts("prose", 10, seed=5)}
+    _, pool_name = build_evaluation(texts, TOKENIZER, sequence_length=16)
+    own, own_name = build_evaluation(
+        texts, TOKENIZER, sequence_length=16, model_folder=str(tmp_path / "m")
+    )
+    (tmp_path / "m").rename(tmp_path / "moved")
+    _, moved_name = build_evaluation(
+        texts, TOKENIZER, sequence_length=16, model_folder=str(tmp_path / "moved")
+    )
+
+    assert own_name == moved_name != pool_name
+    assert own.windows["t"].shape[1] == 17
+    assert own.windows["t"].max() < 300
+    assert 0 < own.n_bytes["t"] <= sum(len(text.encode()) for text in texts["t"])
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["too short"]])
