@@ -8,6 +8,8 @@ fsspec, which takes the endpoint and the keys from the usual variables and files
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +29,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by its whole new content: after a crash it holds the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # such as a full disk: what was written takes room
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -64,6 +70,18 @@ class Blobs(Protocol):
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
+        ...
+
+    def read_those(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those files that there are, by name; many at once where that is faster."""
+        ...
+
+    def move(self, name: str, new_name: str) -> None:
+        """Give a file another name."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
         ...
 
     def names(self, folder: str) -> list[str]:
@@ -108,6 +126,23 @@ class LocalBlobs:
         """Whether there is a file of that name."""
         return (self.root / name).exists()
 
+    def read_those(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those files that there are, by name."""
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = self.read(name)
+        return found
+
+    def move(self, name: str, new_name: str) -> None:
+        """Give a file another name."""
+        (self.root / new_name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).replace(self.root / new_name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        (self.root / name).unlink()
+
     def names(self, folder: str) -> list[str]:
         """Names of all files below a folder, but for unfinished ones."""
         return sorted(
@@ -150,6 +185,32 @@ class ObjectBlobs:
     def exists(self, name: str) -> bool:
         """Whether there is an object of that name."""
         return self._files.exists(self.place(name))
+
+    def read_those(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of those objects that there are, by name; fetched many at a time."""
+        if not names:
+            return {}
+        files = self._files
+        paths = {name: files._strip_protocol(self.place(name)) for name in names}
+        answers = files.cat(list(paths.values()), on_error="return")
+        found = {}
+        for name, path in paths.items():
+            answer = answers[path]
+            if isinstance(answer, FileNotFoundError):
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            found[name] = answer
+        return found
+
+    def move(self, name: str, new_name: str) -> None:
+        """Give an object another name: a copy is made before it is removed."""
+        self.write(new_name, self.read(name))
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove an object."""
+        self._files.rm_file(self.place(name))
 
     def names(self, folder: str) -> list[str]:
         """Names of all objects below a folder."""

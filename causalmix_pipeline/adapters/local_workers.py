@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from causalmix_pipeline.core.errors import ConfigError, WorkError
+from causalmix_pipeline.core.work import OnFailed
 
 #: One thread a worker. Libraries read these once, when they are loaded.
 THREAD_VARIABLES = {
@@ -57,21 +58,30 @@ class LocalWorkers:
     """Worker processes on this machine.
 
     A task whose worker dies (killed, or out of memory) goes to the end of the queue and is tried
-    again in a new worker, at most twice. Workers end when the work is done, when an error is
-    raised here, and when this process dies. They don't load the main script, so it needs no
-    `if __name__ == "__main__"`, and functions must live in a module.
+    again in a new worker, at most `max_retries` times. Workers end when the work is done, when an
+    error is raised here, and when this process dies. They don't load the main script, so it needs
+    no `if __name__ == "__main__"`, and functions must live in a module.
 
     Attributes:
         n_workers: processes; 0 takes one per core.
+        max_retries: how often a task is tried again after its worker died.
+        gpus: names of CUDA devices. If there are some, each worker has one of them for itself and
+            sees no other, so there are at most as many workers.
     """
 
     n_workers: int = 0
+    max_retries: int = RETRIES
+    gpus: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the number of processes."""
+        """Check the numbers."""
         if self.n_workers < 0:
             raise ConfigError(
                 f"n_workers must be >= 0, got {self.n_workers}: 0 takes one process per core."
+            )
+        if self.max_retries < 0:
+            raise ConfigError(
+                f"backend.max_retries must be >= 0, got {self.max_retries}: 0 tries a task once."
             )
 
     def run(
@@ -79,6 +89,9 @@ class LocalWorkers:
         function: Callable[[Any], Any],
         tasks: Sequence[Any],
         on_done: Callable[[int, Any], None],
+        *,
+        on_failed: OnFailed | None = None,
+        on_started: Callable[[int], None] | None = None,
     ) -> None:
         """Call `function(task)` for each task in a worker; see `core.work.WorkBackend`.
 
@@ -87,15 +100,19 @@ class LocalWorkers:
         finished meanwhile.
 
         Raises:
-            WorkError: if one task's workers die three times. What `function` raises is raised here
-                with its type; the worker's traceback is a note on it.
+            WorkError: without `on_failed`, if one task's workers die more than `max_retries`
+                times. What `function` raises is raised here with its type; the worker's traceback
+                is a note on it.
         """
-        crew = _Crew(function, tasks, self.n_workers or os.cpu_count() or 1)
+        crew = _Crew(function, tasks, self, on_started, goes_on=on_failed is not None)
         try:
             while not crew.is_done:
                 crew.fill()
                 for index, outcome in crew.collect():
-                    on_done(index, outcome.result_or_raise())
+                    if outcome.error is None or on_failed is None:
+                        on_done(index, outcome.result_or_raise())
+                    else:
+                        on_failed(index, outcome.error, outcome.tries)
         except BaseException:
             crew.kill()
             raise
@@ -105,10 +122,11 @@ class LocalWorkers:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a task: a result, or the error that the function raised."""
+    """What became of a task: a result, or the error after so many tries."""
 
     result: Any = None
     error: BaseException | None = None
+    tries: int = 1
 
     def result_or_raise(self) -> Any:
         """Return the result, or raise the error with its type."""
@@ -132,7 +150,13 @@ class _Crew:
     """The workers of one call of `run`, and the tasks that wait for them."""
 
     def __init__(
-        self, function: Callable[[Any], Any], tasks: Sequence[Any], n_workers: int
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        settings: LocalWorkers,
+        on_started: Callable[[int], None] | None,
+        *,
+        goes_on: bool,
     ) -> None:
         if getattr(function, "func", function).__module__ == "__main__":  # func: of a partial
             raise WorkError(
@@ -141,7 +165,12 @@ class _Crew:
             )
         self.function = pickle.dumps(function)
         self.tasks = tasks
-        self.size = min(n_workers, len(tasks))
+        self.max_retries = settings.max_retries
+        self.on_started, self.goes_on = on_started, goes_on
+        gpus = settings.gpus
+        n_workers = settings.n_workers or len(gpus) or os.cpu_count() or 1
+        self.size = min(n_workers, len(tasks), *([len(gpus)] if gpus else []))
+        self.free_gpus = deque(gpus)
         self.waiting = deque(range(len(tasks)))
         self.deaths: Counter[int] = Counter()
         self.workers: list[_Worker] = []
@@ -156,10 +185,12 @@ class _Crew:
         idle = [worker for worker in self.workers if worker.task is None]
         while self.waiting and (idle or len(self.workers) < self.size):
             if not idle:
-                idle = [_Worker(self.function)]
+                idle = [_Worker(self.function, self.free_gpus.popleft() if self.free_gpus else "")]
                 self.workers += idle
             index = self.waiting.popleft()
             idle.pop().give(index, self.tasks[index])
+            if self.on_started is not None:
+                self.on_started(index)
 
     def collect(self) -> list[tuple[int, Outcome]]:
         """Wait for a worker; return what is finished, errors last, its workers at work again."""
@@ -171,7 +202,7 @@ class _Crew:
             if outcome is not None:
                 done.append((index, outcome))
         done.sort(key=lambda finished: finished[1].error is not None)
-        if not done or done[-1][1].error is None:
+        if self.goes_on or not done or done[-1][1].error is None:
             self.fill()
         return done
 
@@ -186,8 +217,10 @@ class _Crew:
         """Count a death against the task that the worker held; queue it again, or give it up."""
         self.workers.remove(worker)
         status = worker.end(kill=True)
+        if worker.gpu:
+            self.free_gpus.append(worker.gpu)
         self.deaths[index] += 1
-        if self.deaths[index] <= RETRIES:
+        if self.deaths[index] <= self.max_retries:
             self.waiting.append(index)
             return None
         message = (
@@ -196,7 +229,7 @@ class _Crew:
             "short, take fewer workers; else look at the task and at the workers' messages on "
             "stderr."
         )
-        return Outcome(error=WorkError(message))
+        return Outcome(error=WorkError(message), tries=self.deaths[index])
 
     def kill(self) -> None:
         """End all workers at once."""
@@ -212,13 +245,15 @@ class _Crew:
 
 
 class _Worker:
-    """One process, and the number of the task that it holds."""
+    """One process, the number of the task that it holds, and the GPU that it sees, if one."""
 
-    def __init__(self, function: bytes) -> None:
+    def __init__(self, function: bytes, gpu: str) -> None:
         self.task: int | None = None
+        self.gpu = gpu
         self.connection, theirs = Pipe()
+        variables = THREAD_VARIABLES | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with theirs:
-            arguments = [theirs.fileno(), os.getpid(), THREAD_VARIABLES, list(map(str, sys.path))]
+            arguments = [theirs.fileno(), os.getpid(), variables, list(map(str, sys.path))]
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(arguments)],
                 pass_fds=[theirs.fileno()],

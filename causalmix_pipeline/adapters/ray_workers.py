@@ -21,6 +21,7 @@ from causalmix_pipeline.adapters.local_workers import (
     portable,
 )
 from causalmix_pipeline.core.errors import ConfigError, WorkError
+from causalmix_pipeline.core.work import OnFailed
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +73,19 @@ class RayWorkers:
         function: Callable[[Any], Any],
         tasks: Sequence[Any],
         on_done: Callable[[int, Any], None],
+        *,
+        on_failed: OnFailed | None = None,
+        on_started: Callable[[int], None] | None = None,
     ) -> None:
         """Call `function(task)` for each task on the cluster; see `core.work.WorkBackend`.
 
-        Twice as many tasks as the cluster can run at once are in flight.
+        Twice as many tasks as the cluster can run at once are in flight; the older half of them
+        counts as started.
 
         Raises:
-            WorkError: if the cluster can't be reached, or a task's workers die more than
-                `max_retries` times. What `function` raises is raised here with its type.
+            WorkError: if the cluster can't be reached; without `on_failed`, if a task's workers
+                die more than `max_retries` times. Then what `function` raises is raised here with
+                its type.
         """
         if not tasks:
             return
@@ -94,6 +100,7 @@ class RayWorkers:
             todo = iter(range(len(tasks)))
             limits = self._limits(ray)
             in_flight: dict[Any, int] = {}
+            started: set[int] = set()
             try:
                 while True:
                     limit = next(limits)
@@ -101,13 +108,33 @@ class RayWorkers:
                         in_flight[call.remote(function_ref, tasks[index])] = index
                     if not in_flight:
                         return
+                    for index in list(in_flight.values())[: max(1, limit // 2)]:
+                        if on_started is not None and index not in started:
+                            on_started(index)
+                        started.add(index)
                     ready, _ = ray.wait(list(in_flight), timeout=SIZE_SECONDS)
                     for ref in ready:
                         index = in_flight.pop(ref)
-                        on_done(index, self._outcome(ray, ref, index).result_or_raise())
+                        outcome = self._outcome(ray, ref, index)
+                        if outcome.error is None or on_failed is None:
+                            on_done(index, outcome.result_or_raise())
+                        else:
+                            on_failed(index, outcome.error, outcome.tries)
             finally:
                 for ref in in_flight:
                     ray.cancel(ref, force=True)
+
+    def n_at_once(self) -> int:
+        """How many tasks the cluster, as it is now, runs at once; at least 1.
+
+        Raises:
+            WorkError: if the cluster can't be reached.
+        """
+        with self._connected() as ray:
+            return max(1, self._slots(ray.cluster_resources()))
+
+    def _slots(self, has: dict[str, float]) -> int:
+        return int(min(has.get(name, 0) / need for name, need in self._needs.items() if need))
 
     def _outcome(self, ray: Any, ref: Any, index: int) -> Outcome:
         """Fetch what became of a task."""
@@ -116,18 +143,20 @@ class RayWorkers:
         except ray.exceptions.RayTaskError as error:  # its result can't be sent
             return Outcome(error=error.cause)
         except ray.exceptions.RayError as error:
-            raise WorkError(
+            died = WorkError(
                 f"task {index} (counted from 0) must leave its Ray worker alive, got "
                 f"{type(error).__name__} after {self.max_retries} retries: {error}. If memory was "
-                "short, raise backend.n_cpus_per_task; else look at the task and at Ray's logs."
-            ) from error
+                "short, take fewer workers at once; else look at the task and at Ray's logs."
+            )
+            died.__cause__ = error
+            return Outcome(error=died, tries=self.max_retries + 1)
 
     def _limits(self, ray: Any) -> Iterator[int]:
         """How many tasks may be in flight now: twice what the cluster runs at once."""
         has_waited = False
         while True:
             has = ray.cluster_resources()
-            slots = int(min(has.get(name, 0) / need for name, need in self._needs.items() if need))
+            slots = self._slots(has)
             if slots == 0 and not has_waited:
                 self._refuse_or_wait(has)
                 has_waited = True

@@ -284,7 +284,12 @@ class StackedQwen2:
             self._feed_forward_backward(layer, d_stream)
             self._attention_backward(layer, d_stream)
         table = self.gradients["embedding"].view(-1, self.config.hidden)
-        table.index_add_(0, self._rows_N, d_stream.view(-1, self.config.hidden))
+        d_rows = d_stream.view(-1, self.config.hidden)
+        if self.device.type == "cpu":
+            table.index_add_(0, self._rows_N, d_rows)
+        else:
+            # Sorts the rows first, so that a sum has one order: index_add_ has any on a GPU.
+            table.index_put_((self._rows_N,), d_rows, accumulate=True)
         return loss_K
 
     def _chunks(self, n_tokens: int) -> list[tuple[slice, slice]]:
@@ -327,9 +332,12 @@ class StackedQwen2:
             self._product(
                 d_table[block], part.transpose(1, 2), logits, alpha=1.0 / n_tokens, beta=1.0
             )
-        # Model by model: torch copies a transposed matrix in tiles, a stack of them row by row.
-        for gradient, d_one in zip(self.gradients["embedding"], d_table, strict=True):
-            gradient.copy_(d_one.t())
+        if self.device.type == "cpu":
+            # Model by model: torch copies a transposed matrix in tiles, a stack of them row by row.
+            for gradient, d_one in zip(self.gradients["embedding"], d_table, strict=True):
+                gradient.copy_(d_one.t())
+        else:
+            self.gradients["embedding"].copy_(d_table.transpose(1, 2))
         torch.sum(torch.mul(d_scaled, normal, out=scaled), 1, out=self.gradients["norm"])
         # The smallest normal number stands for a probability that fp32 rounds to 0.
         least = torch.finfo(torch.float32).tiny

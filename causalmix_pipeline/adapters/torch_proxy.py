@@ -1,13 +1,15 @@
 """Trains a stack of tiny language models on one core, and scores each on every task.
 
 AdamW (arXiv 1711.05101) with a warm-up and a cosine, the gradient clipped for each model by itself.
-The models and their gradients are `stacked_qwen2`'s.
+The models and their gradients are `stacked_qwen2`'s. A stack too large for the memory is trained in
+halves; how many models to stack is measured (`fastest_stack_size`).
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,9 +24,20 @@ TRAIN_LOSS_POINTS = 20
 CLIP_EPSILON = 1e-6
 #: AdamW's epsilon, torch's default.
 ADAM_EPSILON = 1e-8
+#: Largest stack that `fastest_stack_size` tries on a CPU: time a model is flat from 4 on.
+CPU_MOST_MODELS = 16
+#: Largest stack that it tries on an accelerator, memory permitting.
+GPU_MOST_MODELS = 1024
+#: Seconds after which it tries no larger stack, and for which it times one.
+MEASURE_SECONDS, SIZE_SECONDS = 2.0, 0.15
+#: A smaller stack within this factor of the fastest is taken: it holds less memory.
+NEARLY_FASTEST = 1.03
 
 NextBatch = Callable[[int], np.ndarray]
 Progress = Callable[[int, np.ndarray], None]
+Score = Callable[[StackedQwen2], Mapping[str, np.ndarray]]
+
+logger = logging.getLogger(__name__)
 
 
 def train_stack(
@@ -35,41 +48,90 @@ def train_stack(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    score: Score | None = None,
     model: StackedQwen2 | None = None,
 ) -> StackResult:
     """Train K proxy models side by side and score each on every task.
 
     All start from the same weights (`config.init_seed`); what they read comes from `next_batch`
-    alone. Runs on one torch thread, so that a process a core is the way to use more cores.
+    alone. Runs on one torch thread, so that a process a core is the way to use more cores. Where
+    the memory does not hold the stack, its halves are trained one after the other, from the first
+    step and on the same tokens, and theirs again, down to one model.
 
     Args:
         config: shape and recipe, the same for all models of the stack.
         next_batch: gives the tokens of a step, integers in [0, V), shape (K, B, L + 1); called
-            once for each step from 0 up. Token i of a window predicts token i + 1.
+            once for each step from 0 up, and again for each half where memory is short. Token i of
+            a window predicts token i + 1.
         n_models: K, how many models are trained; >= 1.
         eval_windows: for each task the held-out tokens, shape (W, L + 1), W >= 1.
         device: where torch computes, such as "cpu" or "cuda".
         progress: called after each of the `TRAIN_LOSS_POINTS` stretches with the number of
-            finished steps and the loss of the stretch, shape (K,).
-        model: the stack to train, for a caller who wants its weights; made anew by default.
+            finished steps and the loss of the stretch, shape (K,); nan for models of a half that
+            is not being trained then.
+        score: called with the trained stack, or half; its scores by task, shape (K,), become the
+            result's. For what is scored in another way than by its loss.
+        model: the stack to train, for a caller who wants its weights; made anew by default. It is
+            not halved.
 
     Returns:
         Losses, summed nats by task, which models diverged, and what it cost.
 
     Raises:
-        ProxyError: if a batch or an evaluation has a wrong shape or a token outside the vocabulary.
+        ProxyError: if a batch or an evaluation has a wrong shape or a token outside the vocabulary,
+            or if memory is too short for one model.
     """
     for task, windows_WL in eval_windows.items():
         _check_tokens(
             f"eval_windows[{task!r}]", windows_WL, (None, config.sequence_length + 1), config
         )
     with _one_thread():
-        wall, cpu = time.perf_counter(), time.process_time()
-        if model is None:
-            model = StackedQwen2(config, n_models, device=device)
-        train_loss_KS = _train(model, next_batch, progress)
-        eval_nats = {task: model.summed_nats(windows) for task, windows in eval_windows.items()}
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        try:
+            return _train_whole(
+                config, next_batch, n_models, eval_windows, device, progress, score, model
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if n_models == 1 or model is not None:
+                raise ProxyError(_short_of_memory(config, n_models)) from error
+    # Out of the except clause, whose traceback holds the stack that did not fit.
+    _release(device)
+    logger.warning("Out of memory with a stack of %d models: training its halves.", n_models)
+    middle = n_models // 2
+    halves = []
+    for part in (slice(0, middle), slice(middle, n_models)):
+        halves.append(
+            train_stack(
+                config,
+                _batches_of(next_batch, part),
+                part.stop - part.start,
+                eval_windows,
+                device=device,
+                progress=_progress_of(progress, part, n_models),
+                score=score,
+            )
+        )
+    return _side_by_side(halves)
+
+
+def _train_whole(
+    config: ProxyConfig,
+    next_batch: NextBatch,
+    n_models: int,
+    eval_windows: Mapping[str, np.ndarray],
+    device: str,
+    progress: Progress | None,
+    score: Score | None,
+    model: StackedQwen2 | None,
+) -> StackResult:
+    """Train and score all models of a stack together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    if model is None:
+        model = StackedQwen2(config, n_models, device=device)
+    train_loss_KS = _train(model, next_batch, progress)
+    eval_nats = {task: model.summed_nats(windows) for task, windows in eval_windows.items()}
+    scores = {} if score is None else dict(score(model))
     return StackResult(
         train_loss_KS=train_loss_KS,
         eval_nats=eval_nats,
@@ -78,9 +140,75 @@ def train_stack(
             for task, windows in eval_windows.items()
         },
         diverged_K=_diverged(config, train_loss_KS, eval_nats),
-        seconds=wall,
-        cpu_seconds=cpu,
+        seconds=time.perf_counter() - wall,
+        cpu_seconds=time.process_time() - cpu,
+        scores=scores,
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or numpy could not get memory; torch's CPU allocator has no class for it."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def _short_of_memory(config: ProxyConfig, n_models: int) -> str:
+    """What to tell a user whose memory holds no stack of this size."""
+    held = "one model" if n_models == 1 else f"a stack of {n_models} models"
+    return (
+        f"Memory must hold {held} of proxy.hidden {config.hidden}, layers {config.layers}, "
+        f"vocab_size {config.vocab_size}, batch_size {config.batch_size}, sequence_length "
+        f"{config.sequence_length}, but ran out. Use fewer backend.workers, or a smaller model, "
+        "vocabulary or batch."
+    )
+
+
+def _release(device: str) -> None:
+    """Give memory that torch keeps back to the device."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _batches_of(next_batch: NextBatch, part: slice) -> NextBatch:
+    """The batches of some models of a stack."""
+    return lambda step: next_batch(step)[part]
+
+
+def _progress_of(progress: Progress | None, part: slice, n_models: int) -> Progress | None:
+    """Tells the progress of some models of a stack as that of the stack, nan for the others."""
+    if progress is None:
+        return None
+
+    def tell(step: int, loss: np.ndarray) -> None:
+        loss_K = np.full(n_models, np.nan)
+        loss_K[part] = loss
+        progress(step, loss_K)
+
+    return tell
+
+
+def _side_by_side(parts: Sequence[StackResult]) -> StackResult:
+    """The result of a stack from those of its parts, in their order."""
+    first = parts[0]
+    return StackResult(
+        train_loss_KS=np.concatenate([part.train_loss_KS for part in parts]),
+        eval_nats=_joined([part.eval_nats for part in parts]),
+        eval_tokens=first.eval_tokens,
+        diverged_K=np.concatenate([part.diverged_K for part in parts]),
+        seconds=sum(part.seconds for part in parts),
+        cpu_seconds=sum(part.cpu_seconds for part in parts),
+        scores=_joined([part.scores for part in parts]),
+    )
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Values by task of the parts of a stack, one part's after the other's."""
+    return {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
 
 
 def _train(model: StackedQwen2, next_batch: NextBatch, progress: Progress | None) -> np.ndarray:
@@ -185,6 +313,59 @@ def models_that_fit(config: ProxyConfig, n_bytes: int, *, device: str = "cpu") -
             "proxy.batch_size, sequence_length, hidden or layers."
         )
     return 1 + int(spare // (held[1] - held[0]))
+
+
+def fastest_stack_size(config: ProxyConfig, *, device: str = "cpu", n_bytes: int) -> int:
+    """How many models to stack, from some training steps of each size: 1, 2, 4, 8 and so on.
+
+    A run's numbers do not depend on it on a CPU, only its time. Takes about two seconds; a size is
+    timed by its fastest step, in CPU seconds, on an accelerator in seconds.
+
+    Args:
+        config: shape and recipe of the models.
+        device: where torch computes.
+        n_bytes: memory that the stack of one worker may take.
+
+    Returns:
+        The smallest size that is within 3% of the least time a model.
+
+    Raises:
+        ProxyError: if not even one model fits.
+    """
+    most = CPU_MOST_MODELS if device == "cpu" else GPU_MOST_MODELS
+    started, seconds, size = time.perf_counter(), {}, 1
+    with _one_thread():
+        fitting = min(most, models_that_fit(config, n_bytes, device=device))
+        while size <= fitting and (not seconds or time.perf_counter() - started < MEASURE_SECONDS):
+            try:
+                seconds[size] = _step_seconds(config, size, device) / size
+            except (RuntimeError, MemoryError) as error:
+                if not seconds or not _is_out_of_memory(error):
+                    raise
+                break
+            size *= 2
+    least = min(seconds.values())
+    return min(size for size, each in seconds.items() if each <= NEARLY_FASTEST * least)
+
+
+def _step_seconds(config: ProxyConfig, n_models: int, device: str) -> float:
+    """Seconds of the fastest training step of a stack, after a first one; three steps or more."""
+    import torch
+
+    model = StackedQwen2(config, n_models, device=device)
+    optimiser = _AdamW(model)
+    shape = (n_models, config.batch_size, config.sequence_length + 1)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape)
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+    took, started = [], time.perf_counter()
+    while len(took) < 4 or time.perf_counter() - started < SIZE_SECONDS:
+        start = clock()
+        model.loss_and_gradients(tokens)
+        optimiser.step(config.learning_rate_at(0))
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        took.append(clock() - start)
+    return min(took[1:])
 
 
 class _AdamW:

@@ -1,5 +1,6 @@
 """Small tables and bars for metadata, which the UI shows inline below 1,000 characters; a plot."""
 
+import base64
 import html
 import math
 import unicodedata
@@ -101,6 +102,53 @@ def moves_plot(moves: pl.DataFrame, limit: int = 12, unit: str = "standard devia
         f'<style>{PLOT_CSS}</style><rect class="back" width="100%" height="100%"/>'
         f"{''.join(parts)}</svg>"
     )
+
+
+def loss_curves(curves: Sequence[Sequence[float]]) -> str:
+    """Training losses of some runs as lines over the run, an SVG document.
+
+    Args:
+        curves: losses at equally spaced points; the last curve is drawn strongest. Those that
+            aren't numbers are left out.
+    """
+    finite = [loss for curve in curves for loss in curve if math.isfinite(loss)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    title = f"Loss over the run, nats a token, last {len(curves)} runs"
+    label_width, plot_height = 64, 120
+    width = max(label_width + BARS_WIDTH + 16, LETTER_WIDTH * _letters(title) + 32)
+    top = ROW_HEIGHT + 8
+    pixels = plot_height / ((high - low) or 1.0)
+    parts = [_text(8, 0, title)]
+    for number, curve in enumerate(curves, start=1):
+        step = BARS_WIDTH / max(len(curve) - 1, 1)
+        points = " ".join(
+            f"{label_width + i * step:.1f},{top + (high - loss) * pixels:.1f}"
+            for i, loss in enumerate(curve)
+            if math.isfinite(loss)
+        )
+        parts.append(
+            f'<polyline points="{points}" fill="none" style="stroke:var(--bar)" '
+            f'stroke-width="1.5" opacity="{0.25 + 0.75 * number / len(curves):.2f}"/>'
+        )
+    bottom = top + plot_height
+    parts.append(_line(label_width, top, label_width, bottom, "line"))
+    parts.append(_line(label_width, bottom, label_width + BARS_WIDTH, bottom, "line"))
+    for loss, y in ((high, top + 8), (low, bottom)):
+        parts.append(
+            f'<text class="faint" x="{label_width - 6}" y="{y}" text-anchor="end">{loss:.3g}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{bottom + 12}" '
+        f'viewBox="0 0 {width:.0f} {bottom + 12}" role="img" aria-label="{html.escape(title)}">'
+        f'<style>{PLOT_CSS}</style><rect class="back" width="100%" height="100%"/>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def svg_picture(svg: str, name: str) -> dg.MarkdownMetadataValue:
+    """An SVG document as metadata that the UI shows as a picture."""
+    content = base64.b64encode(svg.encode()).decode()
+    return dg.MetadataValue.md(f"![{name}](data:image/svg+xml;base64,{content})")
 
 
 def _shortened(text: str, length: int) -> str:

@@ -1,8 +1,6 @@
-"""Proxy runs: what they cost, training those that are missing, and the table of outcomes."""
+"""Proxy runs: training those that are missing, and the table of outcomes."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import replace
 
 import dagster as dg
 import numpy as np
@@ -11,82 +9,32 @@ import polars as pl
 from causalmix_pipeline.adapters.experiment import collect_runs
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import design_of, domains_of, specs_of, state_values
-from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.assets.pictures import loss_curves, markdown_table, svg_picture
+from causalmix_pipeline.assets.plan import refuse_over_budget
 from causalmix_pipeline.core.errors import ProxyError
-from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
-from causalmix_pipeline.resources.frame_store import FRAME, VALUES
-from causalmix_pipeline.resources.progress import Progress
+from causalmix_pipeline.resources.frame_store import FRAME
+from causalmix_pipeline.resources.progress import TrainingProgress
 from causalmix_pipeline.resources.project import Project
 
 #: Dagster's concurrency pool of training steps: one at a time (`dagster.yaml`).
 TRAINING_POOL = "proxy_training"
 
-#: Optimiser steps of the calibration run; enough to leave the first, slow ones behind.
-CALIBRATION_STEPS = 20
-
 #: Nats a token by which a run must end below the entropy of the pool's tokens.
 UNIGRAM_MARGIN = 1.0
+
+#: Finished runs whose loss curves are shown while others train.
+SHOWN_RUNS = 8
 
 #: Largest share of diverged proxy runs to go on with: more means that the recipe is wrong.
 MAX_DIVERGED_SHARE = 0.05
 
-
-def calibrate(config: ProxyConfig, n_models: int) -> float:
-    """Measure a run's CPU seconds by training a stack of models for a few steps on random tokens.
-
-    Returns:
-        CPU seconds of one run of `config.steps` steps, evaluation left out.
-    """
-    from causalmix_pipeline.adapters.torch_proxy import train_stack
-
-    short = replace(config, steps=CALIBRATION_STEPS)
-    rng = np.random.default_rng(0)
-    shape = (n_models, config.batch_size, config.sequence_length + 1)
-    windows = rng.integers(0, config.vocab_size, shape[1:])
-    result = train_stack(
-        short, lambda step: rng.integers(0, config.vocab_size, shape), n_models, {"any": windows}
-    )
-    return result.cpu_seconds / CALIBRATION_STEPS * config.steps / n_models
-
-
-def price_runs(project: Project, specs: Sequence[ProxySpec]) -> dict[str, float]:
-    """What is to train, and what that costs on this machine."""
-    store, proxy = project.run_store, project.settings.proxy
-    config = proxy.to_config()
-    n_all = len({spec.key for spec in specs})
-    n_pending = len(store.missing(specs))
-    seconds = calibrate(config, proxy.models_per_stack)
-    workers = project.settings.backend.workers or os.cpu_count() or 1
-    return {
-        "proxy runs": float(n_all),
-        "to train": float(n_pending),
-        "million tokens a run": config.tokens / 1e6,
-        "million tokens to train": n_pending * config.tokens / 1e6,
-        "FLOPs to train": n_pending * config.flops,
-        "parameters of a proxy": float(config.n_parameters),
-        "CPU seconds a run": round(seconds, 2),
-        "workers": float(workers),
-        "hours": round(n_pending * seconds / workers / 3600, 4),
-    }
-
-
-@dg.asset(dagster_type=VALUES, group_name="experiment", kinds={"python"}, code_version="1")
-def proxy_plan(
-    project: dg.ResourceParam[Project], mixture_design: pl.DataFrame
-) -> dg.MaterializeResult:
-    """What the proxy runs cost, before any is trained: runs, tokens, FLOPs, hours on this machine.
-
-    Measured by a short calibration run. Stale when the design changes.
-    """
-    specs = specs_of(project, mixture_design)
-    price = price_runs(project, specs)
-    # The version stands for what is planned, not for how fast the machine was just now.
-    return dg.MaterializeResult(
-        value=price,
-        data_version=dg.DataVersion(content_digest([spec.key for spec in specs])),
-        metadata=dict(price),
-    )
+#: What a table's columns of outcomes begin with, and the record's field they are from.
+OUTCOME_COLUMNS = {
+    "bits_per_byte": "bits_per_byte",
+    "nats_per_token": "nats_per_token",
+    "score": "scores",
+}
 
 
 @dg.op(out=dg.Out(list, description="Ids of the proxy runs without a record."))
@@ -96,8 +44,14 @@ def pending_proxy_runs(
     mixture_design: pl.DataFrame,
     proxy_plan: dict,
 ) -> list:
-    """List the proxy runs of the design that aren't in the run store yet."""
-    pending = project.run_store.missing(specs_of(project, mixture_design))
+    """List the proxy runs of the design that aren't in the run store yet.
+
+    Refuses to go on where they cost more than the budget allows and nobody agreed to it.
+    """
+    specs = specs_of(project, mixture_design)
+    # The plan's own check stops only the run that made the plan.
+    refuse_over_budget(project, specs, context.run.tags)
+    pending = project.run_store.missing(specs)
     context.log.info(
         f"{len(pending)} of {mixture_design.height} proxy runs to train, "
         f"about {proxy_plan['CPU seconds a run']:.1f} CPU seconds each"
@@ -115,13 +69,76 @@ def train_proxy_runs(
     mixture_design: pl.DataFrame,
     pending: list,
 ) -> dict:
-    """Train the pending proxy runs; each is kept as it ends, so a killed study goes on."""
+    """Train the pending proxy runs; each is kept as it ends, so a killed study goes on.
+
+    A run that fails again and again is given up, the others are trained; then the step fails.
+    """
     wanted = set(pending)
     specs = [spec for spec in specs_of(project, mixture_design) if spec.key in wanted]
-    progress = Progress(len(wanted), "proxy runs trained", context.log.info)
-    project.backend.train(specs, lambda records: progress.add(len(records)))
-    context.add_output_metadata({"proxy runs trained": float(len(wanted))})
-    return {"trained": len(wanted)}
+    domains = domains_of(mixture_design)
+    progress = train_watched(
+        context, project, specs, asset=dg.AssetKey("proxy_runs"), domains=domains
+    )
+    context.add_output_metadata(training_figures(progress, domains))
+    return {"trained": progress.done, "tokens per second": progress.tokens_per_second}
+
+
+def train_watched(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext,
+    project: Project,
+    specs: Sequence[ProxySpec],
+    *,
+    asset: dg.AssetKey,
+    domains: Sequence[str],
+) -> TrainingProgress:
+    """Train runs that lack a record, with progress lines, and loss curves as observations.
+
+    Args:
+        context: whose log and event list show how it goes.
+        project: store and backend.
+        specs: the runs; those that have a record aren't trained.
+        asset: what the runs are of; its observations carry the pictures.
+        domains: in the order of the specs' mixtures.
+
+    Raises:
+        ProxyError: at the end, if runs were given up.
+    """
+
+    def look(progress: TrainingProgress) -> None:
+        metadata = training_figures(progress, domains)
+        context.log_event(dg.AssetObservation(asset, metadata=metadata))
+
+    missing = project.run_store.missing(specs)
+    what = f"{asset.path[-1].replace('_runs', '')} runs trained"
+    progress = TrainingProgress(missing, what, context.log.info, look)
+    project.backend.train(
+        missing,
+        progress.on_done,
+        on_failed=progress.on_failed,
+        on_started=progress.on_started,
+    )
+    return progress
+
+
+def training_figures(
+    progress: TrainingProgress, domains: Sequence[str]
+) -> dict[str, dg.MetadataValue]:
+    """What became of the runs that were to train, how fast, and the last ones' loss curves."""
+    figures = {
+        "to train": dg.MetadataValue.int(progress.total),
+        "done": dg.MetadataValue.int(progress.done),
+        "failed": dg.MetadataValue.int(progress.failed),
+        "diverged": dg.MetadataValue.int(progress.diverged),
+        "running": dg.MetadataValue.int(len(progress.running)),
+        "tokens per second": dg.MetadataValue.float(round(progress.tokens_per_second, 1)),
+    }
+    if progress.records:
+        curves = [record.train_loss for record in progress.records[-SHOWN_RUNS:]]
+        figures["loss of the last runs"] = svg_picture(loss_curves(curves), "losses")
+        figures["most epochs that a run read"] = markdown_table(
+            most_epochs(progress.records, domains)
+        )
+    return figures
 
 
 @dg.op(out=dg.Out(pl.DataFrame, io_manager_key="io_manager"))
@@ -144,6 +161,10 @@ def collect_proxy_runs(
             "proxy runs": float(frame.height),
             "trained now": float(trained["trained"]),
             "diverged": float(frame["diverged"].sum()),
+            "tokens per second": round(trained["tokens per second"], 1),
+            "most epochs that a run read": markdown_table(
+                most_epochs(records, domains_of(mixture_design))
+            ),
             "CPU seconds a run": float(frame["cpu_seconds"].mean()),  # pyright: ignore[reportArgumentType]
             "bits per byte": markdown_table(
                 [
@@ -169,22 +190,46 @@ def read_records(project: Project, specs: Sequence[ProxySpec]) -> list[ProxyReco
     records = [project.run_store.get(spec.key) for spec in specs]
     missing = [spec.key for spec, record in zip(specs, records, strict=True) if record is None]
     if missing:
+        failed = list(project.run_store.failed(missing).values())
+        why = ""
+        if failed:
+            why = (
+                f" {len(failed)} of them were tried and failed; {failed[0].key} after "
+                f"{failed[0].tries} tries: {failed[0].reason}"
+            )
         raise ProxyError(
             f"{len(missing)} of {len(specs)} proxy runs have no record, such as {missing[0]}: "
-            "materialise proxy_runs, which trains those that are missing."
+            f"materialise proxy_runs, which trains those that are missing.{why}"
         )
     return [record for record in records if record is not None]
 
 
+def most_epochs(records: Sequence[ProxyRecord], domains: Sequence[str]) -> list[dict]:
+    """Most often that any of the runs read each domain's data."""
+    read = np.array([record.epochs for record in records if record.epochs])  # (N, D)
+    if not read.size:  # records of an earlier version
+        return []
+    return [
+        {"domain": domain, "most epochs": float(most)}
+        for domain, most in zip(domains, read.max(axis=0), strict=True)
+    ]
+
+
 def records_frame(records: Sequence[ProxyRecord], mixture_design: pl.DataFrame) -> pl.DataFrame:
-    """One row per proxy run: its place in the design, losses, divergence, cost."""
-    losses = {
-        f"{kind}__{task}": [getattr(record, kind)[task] for record in records]
-        for kind in ("bits_per_byte", "nats_per_token")
-        for task in records[0].bits_per_byte
-    }
+    """One row per proxy run: its place in the design, losses, scores, divergence, cost.
+
+    A diverged run has no outcome: its losses and scores are null.
+    """
+    losses = {}
+    for column, kind in OUTCOME_COLUMNS.items():
+        tasks = dict.fromkeys(task for record in records for task in getattr(record, kind))
+        for task in tasks:
+            values = [
+                None if record.diverged else getattr(record, kind).get(task) for record in records
+            ]
+            losses[f"{column}__{task}"] = pl.Series(values, dtype=pl.Float64)
     return mixture_design.select("proxy_run_id", "state_id", "cell").with_columns(
-        **{name: pl.Series(values) for name, values in losses.items()},
+        **losses,
         diverged=pl.Series([record.diverged for record in records]),
         last_train_loss=pl.Series([record.train_loss[-1] for record in records]),
         cpu_seconds=pl.Series([record.cpu_seconds for record in records]),
@@ -193,12 +238,16 @@ def records_frame(records: Sequence[ProxyRecord], mixture_design: pl.DataFrame) 
 
 def records_of(proxy_runs: pl.DataFrame, tasks: Sequence[str]) -> list[ProxyRecord]:
     """The outcomes of proxy runs as records again, from their table."""
+
+    def outcomes(row: dict, column: str) -> dict[str, float]:
+        values = {task: row.get(f"{column}__{task}") for task in tasks}
+        return {task: value for task, value in values.items() if value is not None}
+
     return [
         ProxyRecord(
             key=row["proxy_run_id"],
             spec={},
-            bits_per_byte={task: row[f"bits_per_byte__{task}"] for task in tasks},
-            nats_per_token={task: row[f"nats_per_token__{task}"] for task in tasks},
+            **{kind: outcomes(row, column) for column, kind in OUTCOME_COLUMNS.items()},  # pyright: ignore[reportArgumentType]
             train_loss=[row["last_train_loss"]],
             diverged=row["diverged"],
             cpu_seconds=row["cpu_seconds"],
@@ -269,8 +318,9 @@ def run_table(
 ) -> dg.MaterializeResult:
     """One row per finished proxy run: covariates of its pool state, mixture, outcome per task.
 
-    What every effect estimator is fitted on. Outcomes are minus bits per byte, so larger is
-    better; diverged runs are left out. Stale when proxy runs or the list of covariates change.
+    What every effect estimator is fitted on. Outcomes are minus bits per byte of held-out text, or
+    the score on questions, so larger is better; runs that diverged or lack one are left out. Stale
+    when proxy runs or the list of covariates change.
     """
     domains = domains_of(mixture_design)
     runs = collect_runs(
@@ -280,6 +330,7 @@ def run_table(
         domains=domains,
         covariates=project.settings.covariates,
         tasks=eval_tasks["tasks"],
+        directions=project.settings.task_directions,
     )
     frame = runs.to_frame()
     return dg.MaterializeResult(
@@ -287,7 +338,7 @@ def run_table(
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "runs": float(runs.n_runs),
-            "left out (diverged)": float(proxy_runs.height - runs.n_runs),
+            "left out (diverged or without an outcome)": float(proxy_runs.height - runs.n_runs),
             "pool states": float(runs.n_states),
             "covariates a domain": float(len(runs.covariates)),
         },

@@ -13,15 +13,23 @@ from causalmix_pipeline.adapters.experiment import (
     make_specs,
     write_token_store,
 )
+from causalmix_pipeline.adapters.model_tokens import describe_model, write_model_tokens
 from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.assets.design import pretrained_folder, proxy_config
 from causalmix_pipeline.assets.pictures import markdown_table
-from causalmix_pipeline.assets.proxy import TRAINING_POOL, read_records
+from causalmix_pipeline.assets.proxy import (
+    TRAINING_POOL,
+    read_records,
+    train_watched,
+    training_figures,
+)
 from causalmix_pipeline.core.design import Design
 from causalmix_pipeline.core.pool_state import Membership
+from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxySpec
+from causalmix_pipeline.core.tasks import outcome_of
 from causalmix_pipeline.resources.frame_store import FRAME
-from causalmix_pipeline.resources.progress import Progress
 from causalmix_pipeline.resources.project import Project
 
 #: Seeds of each mixture; enough for a standard error.
@@ -39,6 +47,12 @@ def larger_config(config: ProxyConfig) -> ProxyConfig:
     )
 
 
+def validation_config(project: Project, tokens_hash: str) -> ProxyConfig | PretrainedConfig:
+    """What mixtures are validated on: a larger small model, or the pretrained one itself."""
+    config = proxy_config(project, tokens_hash)
+    return larger_config(config) if isinstance(config, ProxyConfig) else config
+
+
 def keep_live_pool(
     project: Project, tokenizer: dict, live_documents: pl.DataFrame
 ) -> tuple[str, str]:
@@ -52,9 +66,15 @@ def keep_live_pool(
     """
     domains = tokenizer["domains"]
     spec = project.pool_spec(project.settings.live_path, domains)
-    tokens_hash = write_token_store(
-        project.run_store, spec, live_documents, PoolTokenizer.from_dict(tokenizer)
-    )
+    model = pretrained_folder(project)
+    if model is None:
+        tokens_hash = write_token_store(
+            project.run_store, spec, live_documents, PoolTokenizer.from_dict(tokenizer)
+        )
+    else:
+        tokens_hash = write_model_tokens(
+            project.run_store, spec, live_documents, model, describe_model(model).weights_hash
+        )
     whole = Membership(np.arange(live_documents.height), live_documents["copies"].to_numpy())
     state_hash = keep_states(project.run_store, live_documents, domains, [whole])[0]
     return state_hash, tokens_hash
@@ -82,7 +102,8 @@ def validation_specs(
         [state_hash],
         tokens_hash=tokens_hash,
         eval_hash=eval_hash,
-        config=larger_config(project.settings.proxy.to_config()),
+        config=validation_config(project, tokens_hash),
+        device=project.device,
     )
 
 
@@ -92,7 +113,8 @@ def realised_gains(
     """Gain of each mixture over the reference, realised with its standard error, and predicted.
 
     Args:
-        outcome_MST: minus bits per byte; shape (M, S, T), seeds paired over mixtures.
+        outcome_MST: outcomes, larger is better, NaN for none; shape (M, S, T), seeds paired over
+            mixtures.
         names: M mixtures, `reference` among them.
         weights_T: weight of each task, sum 1.
         predicted: mixture to its predicted gain.
@@ -141,15 +163,17 @@ def validation_runs(
         tokens_hash=tokens_hash,
         eval_hash=eval_tasks["eval_hash"],
     )
-    n_missing = len(project.run_store.missing(specs))
-    progress = Progress(n_missing, "validation runs trained", context.log.info)
-    project.backend.train(specs, lambda records: progress.add(len(records)))
+    progress = train_watched(
+        context, project, specs, asset=context.asset_key, domains=tokenizer["domains"]
+    )
     tasks = recommended_mixture["task_gains"]
-    outcome_NT = -np.array(
+    directions = project.settings.task_directions
+    outcome_NT = np.array(
         [
-            [record.bits_per_byte[row["task"]] for row in tasks]
+            [outcome_of(record, row["task"], directions) for row in tasks]
             for record in read_records(project, specs)
-        ]
+        ],
+        dtype=float,
     )
     frame = realised_gains(
         outcome_NT.reshape(len(mixtures), VALIDATION_SEEDS, -1),
@@ -160,5 +184,9 @@ def validation_runs(
     return dg.MaterializeResult(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
-        metadata={"trained now": float(n_missing), "gains": markdown_table(frame.to_dicts())},
+        metadata={
+            "trained now": float(progress.total),
+            "gains": markdown_table(frame.to_dicts()),
+            **training_figures(progress, tokenizer["domains"]),
+        },
     )

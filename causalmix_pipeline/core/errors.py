@@ -4,6 +4,7 @@ CausalMixError
     ConfigError       a setting breaks a rule (also a ValueError)
     PoolError         documents can't be read or used (also a ValueError)
     ProxyError        a proxy run failed or its record is unusable
+        DiskFullError     there is no room for what a proxy run writes
     ScoringError      a scorer can't be loaded or its scores can't be used
     WorkError         a worker died, or its backend can't be reached
     EstimationError   runs that no effect can be estimated from (also a ValueError)
@@ -24,6 +25,10 @@ class PoolError(CausalMixError, ValueError):
 
 class ProxyError(CausalMixError):
     """A proxy run failed, or a record in the run store can't be used."""
+
+
+class DiskFullError(ProxyError):
+    """The disk of the run store is full; what was finished before is kept."""
 
 
 class ScoringError(CausalMixError):

@@ -1,6 +1,8 @@
 """The project resource: the settings file, and what is built from it."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.score_store import ScoreStore
 from causalmix_pipeline.adapters.scorers import model_free_plans, model_plans
 from causalmix_pipeline.core.design import DesignPlan
+from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.pool_state import StateRanges
-from causalmix_pipeline.core.work import WorkBackend
+from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
 
@@ -77,20 +80,47 @@ class Project(dg.ConfigurableResource):
         return RunStore(self.settings.run_store_root)
 
     @property
-    def workers(self) -> WorkBackend:
+    def workers(self) -> LocalWorkers | RayWorkers:
         """Processes that score documents and train proxies."""
         backend = self.settings.backend
         if backend.kind == "ray":
-            return RayWorkers(backend.address)
-        return LocalWorkers(backend.workers)
+            return RayWorkers(backend.address, max_retries=backend.max_retries)
+        return LocalWorkers(backend.workers, max_retries=backend.max_retries)
+
+    @property
+    def device(self) -> str:
+        """The kind of device that proxies are trained on: cpu or cuda.
+
+        Raises:
+            ConfigError: if the settings ask for a GPU and this machine, which trains, has none.
+        """
+        backend = self.settings.backend
+        if backend.device == "auto":
+            from_scratch = isinstance(self.settings.proxy.to_config(), ProxyConfig)
+            return "cpu" if from_scratch or not visible_gpus() else "cuda"
+        if backend.device == "cuda" and backend.kind == "local" and not visible_gpus():
+            raise ConfigError(
+                "backend.device must be cpu or auto on a machine without a CUDA device, got cuda. "
+                "Train on a machine that has one, or set backend.device: cpu."
+            )
+        return backend.device
 
     @property
     def backend(self) -> LocalBackend:
         """Where proxy runs are trained."""
+        device, workers = self.device, self.workers
+        if device == "cuda":
+            gpus_per_run = self.settings.backend.gpus_per_run
+            workers = (
+                replace(workers, n_gpus_per_task=gpus_per_run)
+                if isinstance(workers, RayWorkers)
+                else replace(workers, gpus=visible_gpus())
+            )
         return LocalBackend(
             self.run_store,
             models_per_stack=self.settings.proxy.models_per_stack,
-            workers=self.workers,
+            device=device,
+            workers=workers,
         )
 
     def pool_spec(
@@ -159,3 +189,19 @@ def default_resources(config_file: Path) -> dict[str, Any]:
         "project": Project(config_file=str(config_file.resolve())),
         "io_manager": FrameStore(base_dir=settings.assets_root),
     }
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of the CUDA devices that this process may use; none without a CUDA build of torch."""
+    from importlib.metadata import version
+
+    if version("torch").endswith("+cpu"):  # known without loading it
+        return ()
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    n_gpus = torch.cuda.device_count()
+    names = (
+        [name.strip() for name in named.split(",")] if named.strip() else map(str, range(n_gpus))
+    )
+    return tuple(names)[:n_gpus]

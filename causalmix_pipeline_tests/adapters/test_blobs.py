@@ -205,3 +205,27 @@ def test_a_file_sent_in_parts_is_read_as_it_was_written(bucket):
     blobs.write("big", content)
 
     assert hashlib.sha256(blobs.read("big")).digest() == hashlib.sha256(content).digest()
+
+
+# Several at once, moved, removed
+
+
+def test_those_files_that_there_are_are_read_at_once(blobs):
+    for i in range(30):
+        blobs.write(f"runs/{i}", bytes([i]))
+
+    found = blobs.read_those([f"runs/{i}" for i in (*range(25, 35), 3)])
+
+    assert found == {f"runs/{i}": bytes([i]) for i in (25, 26, 27, 28, 29, 3)}
+    assert blobs.read_those([]) == {}
+
+
+def test_a_file_is_moved_to_a_new_folder_and_removed(blobs):
+    blobs.write("runs/a", b"1")
+
+    blobs.move("runs/a", "quarantine/b")
+
+    assert not blobs.exists("runs/a")
+    assert blobs.read("quarantine/b") == b"1"
+    blobs.remove("quarantine/b")
+    assert not blobs.exists("quarantine/b")

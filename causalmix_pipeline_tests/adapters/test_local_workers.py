@@ -100,6 +100,24 @@ def sleep_long(folder: Path, task: int) -> None:
         time.sleep(600)
 
 
+def seen_gpu(folder: Path, task: int) -> tuple[int, str]:
+    """This process and the devices that it may use; the first try of task 0 dies."""
+    if task == 0 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def count_gpus(task: object) -> int:
+    """CUDA devices that a worker sees, each of which it has computed on."""
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        assert float(torch.ones(2, device=f"cuda:{number}").sum()) == 2
+    return torch.cuda.device_count()
+
+
 def threads(task: object) -> dict[str, int]:
     """Threads of each library that has a pool of its own, once it is loaded."""
     import numba
@@ -366,6 +384,54 @@ def test_a_dead_worker_is_noticed_though_what_it_started_lives_on(tmp_path):
 
     assert results_of(LocalWorkers(1), partial(leave_a_process_and_die, tmp_path), [5]) == [(0, 5)]
     assert time.monotonic() - started < 15
+
+
+def test_with_a_way_to_tell_of_failures_the_other_tasks_go_on(tmp_path):
+    """One task kills its workers, one raises: both are told with their tries, 18 are done."""
+    failed: list[tuple[int, str, int]] = []
+    done: list[int] = []
+    started: list[int] = []
+
+    LocalWorkers(2, max_retries=1).run(
+        partial(killed_on_three, tmp_path, 99),
+        [*range(19), "nine/teen"],
+        lambda index, _: done.append(index),
+        on_failed=lambda index, error, tries: failed.append((index, type(error).__name__, tries)),
+        on_started=started.append,
+    )
+
+    assert sorted(failed) == [(3, "WorkError", 2), (19, "FileNotFoundError", 1)]
+    assert sorted(done) == [i for i in range(19) if i != 3]
+    assert sorted(started) == sorted([*range(20), 3])
+
+
+def test_retries_below_zero_are_refused():
+    with pytest.raises(ConfigError, match=r"backend\.max_retries must be >= 0, got -1"):
+        LocalWorkers(max_retries=-1)
+
+
+# GPUs
+
+
+def test_each_worker_sees_one_device_that_no_other_has_also_after_a_death(tmp_path):
+    found = results_of(LocalWorkers(8, gpus=("4", "GPU-7")), partial(seen_gpu, tmp_path), range(40))
+    pairs = {pair for _, pair in found}  # pyright: ignore[reportUnhashable]
+    gpus = [gpu for _, gpu in pairs]  # pyright: ignore[reportGeneralTypeIssues]
+
+    assert sorted(gpus) == ["4", "GPU-7"]
+
+
+@pytest.mark.gpu
+def test_a_worker_computes_on_the_one_device_that_it_sees():
+    from causalmix_pipeline.resources.project import visible_gpus
+
+    gpus = visible_gpus()
+    if not gpus:
+        pytest.skip("needs a CUDA device")
+
+    found = results_of(LocalWorkers(gpus=gpus), count_gpus, range(len(gpus)))
+
+    assert found == [(i, 1) for i in range(len(gpus))]
 
 
 SCRIPT_OF_SLEEPERS = """

@@ -16,10 +16,16 @@ import numpy as np
 import pytest
 
 from causalmix_pipeline.adapters.blobs import ObjectBlobs, write_atomically
-from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore, bits_per_byte
+from causalmix_pipeline.adapters.run_store import (
+    TOKEN_FILES,
+    EvalWindows,
+    RunStore,
+    bits_per_byte,
+)
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
+from causalmix_pipeline.core.tasks import HarnessTask, Question
 
 SPEC = ProxySpec("s" * 64, "t" * 32, "e" * 32, (0.25, 0.75), 1, ProxyConfig(), "engine")
 
@@ -94,7 +100,7 @@ def test_a_damaged_record_is_named_with_its_file(tmp_path, content):
     store = RunStore(tmp_path)
     write_atomically(store.path_of(SPEC.key), content)
 
-    with pytest.raises(ProxyError, match=rf"{SPEC.key} is damaged .*Delete {tmp_path}/runs/.*json"):
+    with pytest.raises(ProxyError, match=rf"{SPEC.key} is damaged .*moves {tmp_path}/runs/.*json"):
         store.get(SPEC.key)
 
 
@@ -281,6 +287,29 @@ def test_states_and_evaluations_are_read_as_they_were_kept(tmp_path):
     assert {p.parent.name for p in tmp_path.rglob("*.npz")} == {"states", "eval"}
 
 
+def test_questions_are_read_as_they_were_kept(tmp_path):
+    choice = Question(
+        "choice", (1, 2), ((3,), (4, 5)), (1, 2), 1, "b", "", False, 0, 0.0, "accuracy"
+    )
+    exact = Question("exact", (1,), (), (), -1, "ü", r"(\d)", True, 8, 0.5)
+    evaluation = EvalWindows(
+        {}, {}, {}, {"a": [choice], "b": [exact, exact]}, {"c": HarnessTask("/f", "t", 3)}, "{}"
+    )
+    store = RunStore(tmp_path)
+    store.put_eval("e", evaluation)
+
+    assert store.evaluation("e") == evaluation
+
+
+def test_a_model_that_moved_is_looked_for_at_its_new_place(tmp_path):
+    store = RunStore(tmp_path)
+    question = Question("exact", (1,), (), (), -1, "4", "", False, 8)
+    for folder in ("/old", "/new"):
+        store.put_eval("e", EvalWindows({}, {}, {}, {"a": [question]}, tokenizer=folder))
+
+    assert store.evaluation("e").tokenizer == "/new"
+
+
 def test_what_is_kept_under_a_hash_is_not_written_again(tmp_path):
     store = RunStore(tmp_path)
     store.put_state("h", {"a": np.array(["x"], "S")})
@@ -345,9 +374,7 @@ def test_a_damaged_record_in_object_storage_is_named_with_its_url(remote):
     blobs, name = object_of(remote)
     blobs.write(name, blobs.read(name).replace(b'"code": 1.5', b'"code": 1.4'))
 
-    with pytest.raises(
-        ProxyError, match=r"damaged .*checksum.*Delete s3://bucket/team/runs/.*json"
-    ):
+    with pytest.raises(ProxyError, match=r"damaged .*checksum.*moves s3://bucket/team/runs/.*json"):
         remote.get(SPEC.key)
 
 
@@ -445,7 +472,7 @@ def test_what_a_killed_fetch_left_in_the_cache_does_not_stop_the_next(remote, tm
 
     assert_tokens_are_whole(remote)
     assert [path.name for path in left.parent.iterdir()] == ["t"]
-    assert {path.name for path in left.iterdir()} == {"tokens.bin", "offsets.npy", "ids.txt"}
+    assert {path.name for path in left.iterdir()} == {*TOKEN_FILES, "manifest.json"}
 
 
 def test_workers_that_want_the_same_tokens_share_one_fetch(remote, tmp_path):
@@ -503,4 +530,6 @@ def test_a_run_trained_from_object_storage_is_that_trained_from_a_disk(remote, t
         LocalBackend(store, n_workers=1, models_per_stack=1).train([spec], records.extend)
         assert store.get(spec.key) == records[-1]
 
-    assert replace(records[0], cpu_seconds=0) == replace(records[1], cpu_seconds=0)
+    assert replace(records[0], cpu_seconds=0, seconds=0) == replace(
+        records[1], cpu_seconds=0, seconds=0
+    )

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,9 +48,8 @@ def draw_batches(config: ProxyConfig, n_models: int, seed: int = 0) -> np.ndarra
 
 def transformers_model(config: ProxyConfig, stack: StackedQwen2) -> Qwen2ForCausalLM:
     """Qwen2 of the library with the weights of the stack's first model."""
-    model = Qwen2ForCausalLM(
-        Qwen2Config(**transformers_config(config), attn_implementation="eager")
-    )
+    shape = {**transformers_config(config), "attn_implementation": "eager"}
+    model = Qwen2ForCausalLM(Qwen2Config(**shape))
     model.load_state_dict(stack.to_transformers(0))
     return model
 
@@ -102,24 +102,65 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
     return left.tobytes() == right.tobytes()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [ProxyConfig(steps=32, init_std=0.12), DEEP],
-    ids=["one layer, one head", "two layers, two heads"],
-)
-def test_losses_equal_those_of_the_transformers_model(config):
-    """Another forward pass, autograd and torch's own optimiser, from the same weights and data.
+#: Shapes whose stacks are compared with the library's model over 60 steps. First weights of .12 and
+#: .08 as in a scanned recipe: training multiplies roundings, from smaller ones by far more.
+SHAPES = {
+    "32x1": ProxyConfig(steps=60, learning_rate=0.01, init_std=0.12),
+    "64x2, four heads": ProxyConfig(
+        hidden=64, layers=2, heads=4, steps=60, learning_rate=0.005, init_std=0.08
+    ),
+    "32x2, small vocabulary": replace(DEEP, steps=60),
+    "48x3, three heads": ProxyConfig(
+        hidden=48,
+        layers=3,
+        heads=3,
+        vocab_size=500,
+        sequence_length=40,
+        batch_size=3,
+        steps=60,
+        learning_rate=0.005,
+        init_std=0.08,
+    ),
+}
 
-    Training multiplies roundings: from small first weights (.05) the two are 1e-4 apart by step 32.
-    """
-    batches = draw_batches(config, 2)
-    model = transformers_model(config, StackedQwen2(config, 1))
 
-    plain = train_plainly(model, config, batches[:, 0])
-    stacked, _ = losses_by_step(config, batches)
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_stack_of_different_runs_equals_the_transformers_model_run_by_run(config):
+    """Another forward pass, autograd and torch's own optimiser, from the same weights and data."""
+    batches = draw_batches(config, 3)
+    windows = draw_batches(config, 2, seed=1)[0].reshape(-1, config.sequence_length + 1)
+    models = [transformers_model(config, StackedQwen2(config, 1)) for _ in range(3)]
 
-    assert plain[-1] < plain[0] - 0.3
-    np.testing.assert_allclose(stacked[:, 0], plain, atol=2e-5, rtol=0)
+    plain = [train_plainly(model, config, batches[:, k]) for k, model in enumerate(models)]
+    stacked, stack = losses_by_step(config, batches)
+
+    assert plain[0][-1] < plain[0][0] - 0.3
+    assert np.abs(stacked[-1, 0] - stacked[-1, 1:]).min() > 1e-3
+    np.testing.assert_allclose(stacked, np.stack(plain, axis=1), atol=1e-5, rtol=0)
+    nats_K = stack.summed_nats(windows) / windows[:, 1:].size
+    np.testing.assert_allclose(nats_K, [nats_a_token(m, windows) for m in models], atol=1e-5)
+
+
+def nats_a_token(model: Qwen2ForCausalLM, windows_WL: np.ndarray) -> float:
+    """Mean loss of the library's model over held-out windows."""
+    tokens = torch.as_tensor(windows_WL)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1]).logits.double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize("name", ["32x1", "64x2, four heads"])
+def test_a_run_has_the_same_bits_in_a_stack_of_any_size(name):
+    """So that a stack may be halved, or its size measured, without another key for its runs."""
+    config = replace(SHAPES[name], steps=3)
+    batches = draw_batches(config, 8)
+    windows = {"shared": batches[0, 0]}
+
+    whole = train_stack(config, batches.__getitem__, 8, windows)
+    for size in (1, 2, 3):
+        part = train_stack(config, lambda step, size=size: batches[step, :size], size, windows)
+        assert same_bits(part.train_loss_KS, whole.train_loss_KS[:size])
+        assert same_bits(part.eval_nats["shared"], whole.eval_nats["shared"][:size])
 
 
 def test_gradients_equal_those_of_autograd():
@@ -431,6 +472,115 @@ def test_memory_too_small_for_one_model_is_refused():
         models_that_fit(TINY, 1000)
 
 
+#: A process whose address space is then limited to what it has and some MiB.
+LIMITED = """
+import resource, sys
+import numpy as np
+from causalmix_pipeline.adapters import torch_proxy
+from causalmix_pipeline.core.proxy import ProxyConfig
+
+config = ProxyConfig(hidden=64, vocab_size=60000, sequence_length=16, batch_size=2, steps=2)
+batches = np.random.default_rng(0).integers(60000, size=(2, 5, 2, 17))
+shape = {"steps": 2, "vocab_size": 100, "sequence_length": 16, "batch_size": 2}
+small = batches[:, :1] % 100
+torch_proxy.train_stack(ProxyConfig(**shape), small.__getitem__, 1, {"w": small[0, 0]})
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+told = []
+result = torch_proxy.train_stack(
+    config,
+    batches.__getitem__,
+    5,
+    {"held out": batches[0, 0]},
+    progress=lambda step, loss_K: told.append(np.isfinite(loss_K).tolist()),
+    score=lambda stack: {"corner": stack.weights["embedding"][:, 0, 0].numpy().copy()},
+)
+np.savez(
+    sys.argv[2],
+    loss=result.train_loss_KS,
+    nats=result.eval_nats["held out"],
+    scores=result.scores["corner"],
+    told=told,
+)
+"""
+
+
+def train_limited(mebibytes: int, path: Path) -> subprocess.CompletedProcess[str]:
+    """Train 5 models of 75 MiB each with so much memory beside what torch takes."""
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(mebibytes), str(path)], capture_output=True, text=True
+    )
+
+
+def test_a_stack_too_large_for_the_memory_is_halved_and_gives_the_same(tmp_path):
+    """The system refuses memory, for real: the allocator's error, not one raised for the test."""
+    whole = train_limited(3000, tmp_path / "whole.npz")
+    halved = train_limited(250, tmp_path / "halved.npz")
+
+    assert whole.returncode == halved.returncode == 0, halved.stderr
+    assert "Out of memory" not in whole.stderr
+    assert "Out of memory with a stack of 5 models: training its halves." in halved.stderr
+    expected, got = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "halved.npz")
+    assert same_bits(got["loss"], expected["loss"])
+    assert same_bits(got["nats"], expected["nats"])
+    assert same_bits(got["scores"], expected["scores"])
+    assert expected["told"].all(axis=1).all()
+    # Each half tells its own models; the others are nan then.
+    assert got["told"].sum(axis=0).tolist() == [len(expected["told"])] * 5
+    assert not got["told"].all(axis=1).any()
+
+
+def test_memory_too_short_for_one_model_says_what_to_change(tmp_path):
+    refused = train_limited(30, tmp_path / "none.npz")
+
+    assert refused.returncode != 0
+    assert "ProxyError: Memory must hold one model of proxy.hidden 64" in refused.stderr
+    assert "Use fewer backend.workers" in refused.stderr
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again():
+    asked = []
+
+    def next_batch(step):
+        asked.append(step)
+        raise RuntimeError("the reader broke")
+
+    with pytest.raises(RuntimeError, match="the reader broke"):
+        train_stack(TINY, next_batch, 4, {})
+
+    assert asked == [0]
+
+
+def test_a_stack_that_the_caller_keeps_is_not_halved():
+    """Its weights may have moved, and the caller wants all of them."""
+
+    def next_batch(step):
+        raise MemoryError
+
+    with pytest.raises(ProxyError, match="Memory must hold a stack of 4 models"):
+        train_stack(TINY, next_batch, 4, {}, model=StackedQwen2(TINY, 4))
+
+
+def test_the_smallest_stack_within_3_percent_of_the_fastest_is_taken(monkeypatch):
+    """Seconds a step of each size, as a machine might give them."""
+    step_seconds = {1: 1.0, 2: 1.6, 4: 3.08, 8: 6.0, 16: 13.0}
+    monkeypatch.setattr(
+        torch_proxy, "_step_seconds", lambda config, n_models, device: step_seconds[n_models]
+    )
+
+    assert torch_proxy.fastest_stack_size(TINY, n_bytes=1 << 30) == 4
+    step_seconds[8] = 5.8
+    assert torch_proxy.fastest_stack_size(TINY, n_bytes=1 << 30) == 8
+
+
+def test_a_measured_stack_fits_in_the_memory_given():
+    n_bytes = 3_000_000
+    fitting = models_that_fit(DEEP, n_bytes)
+
+    assert 1 <= torch_proxy.fastest_stack_size(DEEP, n_bytes=n_bytes) <= fitting < 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bf16", [False, True])
@@ -444,3 +594,46 @@ def test_a_gpu_learns_as_the_cpu_does(bf16):
         on_gpu.train_loss_KS, on_cpu.train_loss_KS, atol=0.05 if bf16 else 2e-3
     )
     assert not on_gpu.diverged_K.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_hundreds_of_models_on_a_gpu_learn_as_alone_and_twice_alike():
+    config = replace(DEEP, steps=10)
+    batches = draw_batches(config, 4)
+    many = np.tile(batches, (1, 64, 1, 1))
+
+    first, second = (train(config, many, device="cuda") for _ in range(2))
+    alone = train(config, batches, device="cuda")
+
+    assert same_bits(first.train_loss_KS, second.train_loss_KS)
+    np.testing.assert_allclose(first.train_loss_KS[:4], alone.train_loss_KS, atol=1e-3)
+    np.testing.assert_allclose(first.train_loss_KS[252:], alone.train_loss_KS, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stack_too_large_for_a_gpu_is_halved():
+    config = replace(DEEP, steps=4)
+    batches = draw_batches(config, 64)
+    whole = train(config, batches, device="cuda")
+    stack = StackedQwen2(config, 64, device="cuda")
+    stack.loss_and_gradients(batches[0])
+    allowed = 0.8 * stack.bytes_held / torch.cuda.get_device_properties(0).total_memory
+    del stack
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(allowed)
+    try:
+        halved = train(config, batches, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    np.testing.assert_allclose(halved.train_loss_KS, whole.train_loss_KS, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stack_is_measured_on_a_gpu():
+    free = torch.cuda.mem_get_info()[0]
+
+    assert torch_proxy.fastest_stack_size(DEEP, device="cuda", n_bytes=free) >= 8

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from causalmix_pipeline.assets.pictures import (
     INLINE_LIMIT,
     cell,
+    loss_curves,
     markdown_table,
     moves_plot,
     share_bars,
+    svg_picture,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -116,3 +118,35 @@ def test_a_plot_has_a_background_and_colours_for_light_and_dark():
     assert "prefers-color-scheme:dark" in plot
     assert '<rect class="back" width="100%" height="100%"/>' in plot
     assert set(re.findall(r"var\((--\w+)\)", plot)) == set(re.findall(r"(--\w+):#", plot))
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        [[5.0, 4.0, 3.5], [5.0, 3.0, 2.5]],
+        [[4.0]],
+        [[float("nan"), float("inf")], [3.0, float("nan")]],
+        [[2.0, 2.0]],
+    ],
+)
+def test_loss_curves_are_a_line_each_inside_the_picture_whatever_the_numbers(curves):
+    picture = ElementTree.fromstring(loss_curves(curves))
+    lines = picture.findall(f"{SVG}polyline")
+    width, height = float(picture.get("width", 0)), float(picture.get("height", 0))
+
+    assert len(lines) == len(curves)
+    for line, curve in zip(lines, curves, strict=True):
+        points = [tuple(map(float, p.split(","))) for p in line.get("points", "").split()]
+        assert len(points) == sum(loss == loss and abs(loss) != float("inf") for loss in curve)
+        assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+
+
+def test_a_falling_loss_is_drawn_downwards_and_its_ends_are_labelled():
+    svg = loss_curves([[5.0, 4.0, 2.5]])
+    (line,) = ElementTree.fromstring(svg).findall(f"{SVG}polyline")
+    heights = [float(point.split(",")[1]) for point in line.get("points", "").split()]
+
+    assert heights == sorted(heights)
+    assert ">5<" in svg
+    assert ">2.5<" in svg
+    assert svg_picture(svg, "losses").md_str.startswith("![losses](data:image/svg+xml;base64,")

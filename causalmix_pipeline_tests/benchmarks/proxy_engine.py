@@ -1,21 +1,42 @@
-"""CPU seconds of one proxy run: the stacked engine against the plain loop over transformers' Qwen2.
+"""CPU seconds of one proxy run: the stacked engine against transformers' Qwen2, trained plainly.
 
-Both train on one thread, in turns, from the same weights and tokens, in one process; the ratio is
-what carries over to another machine, the seconds are not. Run:
+Rivals train the library's model on one thread, from the same weights and tokens: a plain loop
+(autograd, fused AdamW, clipping), and Hugging Face's Trainer with nothing logged, saved or scored.
+Every engine has a process of its own, so that its peak memory is its own; engines take turns and
+the best of their turns counts, because other work slows a shared machine. Ratios carry over to
+another machine, seconds do not. Run:
 
-    OMP_NUM_THREADS=1 python -m causalmix_pipeline_tests.benchmarks.proxy_engine --hidden 32
+    OMP_NUM_THREADS=1 python -m causalmix_pipeline_tests.benchmarks.proxy_engine --shapes 32x1 64x2
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2, transformers_config
 from causalmix_pipeline.adapters.torch_proxy import train_stack
 from causalmix_pipeline.core.proxy import ProxyConfig
+
+Turn = Callable[[], float]
+
+
+def config_of(shape: str, *, steps: int, vocab_size: int) -> ProxyConfig:
+    """The configuration of a shape such as "64x2"; heads of 32 dimensions."""
+    hidden, layers = (int(number) for number in shape.split("x"))
+    return ProxyConfig(
+        hidden=hidden, layers=layers, heads=hidden // 32, vocab_size=vocab_size, steps=steps
+    )
 
 
 def draw_batches(config: ProxyConfig, n_models: int) -> np.ndarray:
@@ -24,76 +45,195 @@ def draw_batches(config: ProxyConfig, n_models: int) -> np.ndarray:
     return np.random.default_rng(0).zipf(1.3, size=shape) % config.vocab_size
 
 
-def plain_seconds(config: ProxyConfig, batches_SBL: np.ndarray) -> tuple[float, float]:
-    """CPU seconds and last loss of the plain loop: library model, autograd, fused AdamW."""
-    import torch
+def library_model(config: ProxyConfig) -> Any:
+    """Qwen2 of `transformers` with the engine's first weights; sdpa attention, its default."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM(Qwen2Config(**transformers_config(config)))
+    model = Qwen2ForCausalLM(Qwen2Config(**transformers_config(config), use_cache=False))
     model.load_state_dict(StackedQwen2(config, 1).to_transformers(0))
+    return model
+
+
+def parameter_groups(model: Any, config: ProxyConfig) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors without."""
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
-    groups = [
+    return [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, betas=config.betas, fused=True)
-    loss = torch.tensor(0.0)
-    start = time.process_time()
-    for step, batch in enumerate(batches_SBL):
-        tokens = torch.as_tensor(batch)
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        optimiser.step()
-    return time.process_time() - start, loss.item()
 
 
-def stacked_seconds(config: ProxyConfig, batches_SKBL: np.ndarray) -> tuple[float, float]:
-    """CPU seconds a model and last loss of the first one, in the stacked engine."""
-    n_models = batches_SKBL.shape[1]
-    result = train_stack(config, batches_SKBL.__getitem__, n_models, {})
-    return result.cpu_seconds / n_models, float(result.train_loss_KS[0, -1])
+def plain_loop(config: ProxyConfig, *, fused: bool) -> Turn:
+    """A turn: CPU seconds of the plain loop over all steps."""
+    import torch
+
+    model = library_model(config)
+    optimiser = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, fused=fused)
+    batches = torch.as_tensor(draw_batches(config, 1)[:, 0])
+
+    def turn() -> float:
+        start = time.process_time()
+        for step, tokens in enumerate(batches):
+            logits = model(input_ids=tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            optimiser.step()
+        return time.process_time() - start
+
+    return turn
+
+
+def trainer(config: ProxyConfig) -> Turn:
+    """A turn: CPU seconds of `transformers.Trainer` over all steps, its set-up left out."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model = library_model(config)
+    tokens_SBL = draw_batches(config, 1)[:, 0]
+    # The library shifts labels by itself: a window of L + 1 tokens predicts L.
+    rows = [
+        {"input_ids": row, "labels": row}
+        for row in torch.as_tensor(tokens_SBL).flatten(0, 1).unbind()
+    ]
+    marks: dict[str, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            marks["begin"] = time.process_time()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            marks["end"] = time.process_time()
+
+    folder = tempfile.mkdtemp()
+
+    def turn() -> float:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=config.batch_size,
+            max_steps=config.steps,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            max_grad_norm=config.grad_clip,
+            lr_scheduler_type="cosine",
+            optim="adamw_torch_fused",
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_num_workers=0,
+            dataloader_pin_memory=False,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+        )
+        data: Any = rows
+        worker = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])
+        worker.train()
+        return marks["end"] - marks["begin"]
+
+    return turn
+
+
+def stack_of(config: ProxyConfig, n_models: int) -> Turn:
+    """A turn: CPU seconds a model of the stacked engine over all steps."""
+    batches = draw_batches(config, n_models)
+
+    def turn() -> float:
+        return train_stack(config, batches.__getitem__, n_models, {}).cpu_seconds / n_models
+
+    return turn
+
+
+def engines(models: list[int]) -> dict[str, Callable[[ProxyConfig], Turn]]:
+    """What is timed, by name."""
+    table: dict[str, Callable[[ProxyConfig], Turn]] = {
+        "plain loop, fused AdamW": lambda config: plain_loop(config, fused=True),
+        "plain loop, AdamW": lambda config: plain_loop(config, fused=False),
+        "HF Trainer": trainer,
+    }
+    for n_models in models:
+        table[f"stack of {n_models}"] = lambda config, n_models=n_models: stack_of(config, n_models)
+    return table
+
+
+def serve(shape: str, name: str, steps: int, vocab_size: int) -> None:
+    """Take a turn for each line of the input; print CPU seconds and peak MiB after each."""
+    import torch
+
+    torch.set_num_threads(1)
+    models = [int(name.split()[-1])] if name.startswith("stack") else []
+    turn = engines(models)[name](config_of(shape, steps=steps, vocab_size=vocab_size))
+    for _ in sys.stdin:
+        with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints what it did
+            seconds = turn()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps([seconds, peak]), flush=True)
+
+
+def measure(shape: str, names: list[str], options: argparse.Namespace) -> None:
+    """Let the engines take turns, and print their table."""
+    common = ["--steps", str(options.steps), "--vocab-size", str(options.vocab_size)]
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, "--serve", shape, name, *common],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    turns: dict[str, list[float]] = {name: [] for name in names}
+    peak: dict[str, float] = {}
+    for round_number in range(options.rounds + 1):
+        for name, worker in workers.items():
+            assert worker.stdin and worker.stdout
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            seconds, peak[name] = json.loads(worker.stdout.readline())
+            if round_number > 0:  # the first warms up
+                turns[name].append(seconds)
+    for worker in workers.values():
+        worker.communicate()
+    config = config_of(shape, steps=options.steps, vocab_size=options.vocab_size)
+    best = {name: min(seconds) for name, seconds in turns.items()}
+    plain = min(best[name] for name in names if name.startswith("plain"))
+    print(f"{shape}, {config.heads} heads, vocabulary {config.vocab_size}, {options.rounds} rounds")
+    print(
+        f"{'engine':<26}{'ms a step':>10}{'median':>8}{'tokens/CPU s':>14}"
+        f"{'/ plain':>9}{'/ Trainer':>11}{'peak MiB':>10}"
+    )
+    for name, seconds in best.items():
+        each, middle = (1e3 * x / config.steps for x in (seconds, np.median(turns[name])))
+        print(
+            f"{name:<26}{each:>10.2f}{middle:>8.2f}{config.tokens / seconds:>14,.0f}"
+            f"{plain / seconds:>9.2f}{best['HF Trainer'] / seconds:>11.2f}{peak[name]:>10.0f}"
+        )
 
 
 def main() -> None:
-    """Print a table of CPU milliseconds a step and model, best of some rounds."""
-    import torch
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=1)
+    """Print a table for each shape."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["32x1", "64x2"])
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=60, help="steps timed in each round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds; the fastest one counts")
-    parser.add_argument("--models", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--steps", type=int, default=30, help="steps of one turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns; the fastest one counts")
+    parser.add_argument("--models", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--serve", nargs=2, metavar=("SHAPE", "ENGINE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    config = ProxyConfig(
-        hidden=options.hidden,
-        layers=options.layers,
-        heads=options.heads,
-        vocab_size=options.vocab_size,
-        steps=options.steps,
-    )
-    batches = draw_batches(config, max(options.models))
-    best: dict[str, float] = {}
-    for _ in range(options.rounds):
-        timed = {"plain transformers loop": plain_seconds(config, batches[:, 0])[0]}
-        for n_models in options.models:
-            timed[f"stack of {n_models}"] = stacked_seconds(config, batches[:, :n_models])[0]
-        best = {name: min(best.get(name, np.inf), seconds) for name, seconds in timed.items()}
-    plain = best["plain transformers loop"]
-    print(f"{config.hidden}x{config.layers}, {config.heads} heads, vocabulary {config.vocab_size}")
-    print(f"{'engine':<26}{'ms a step':>10}{'s a 1,000 steps':>17}{'plain / this':>14}")
-    for name, seconds in best.items():
-        each = seconds / config.steps
-        print(f"{name:<26}{1e3 * each:>10.2f}{1e3 * each:>17.2f}{plain / seconds:>14.2f}")
+    if options.serve:
+        shape, name = options.serve
+        serve(shape, name, options.steps, options.vocab_size)
+        return
+    for shape in options.shapes:
+        measure(shape, list(engines(options.models)), options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,17 @@
 """One line now and then: how many are done, how long the rest takes."""
 
-from causalmix_pipeline.resources.progress import PROGRESS_PREFIX, Progress, progress_teller
+from dataclasses import replace
+
+from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
+from causalmix_pipeline.resources.progress import (
+    PROGRESS_PREFIX,
+    Progress,
+    TrainingProgress,
+    progress_teller,
+)
+
+SPEC = ProxySpec("s", "t", "e", (1.0,), 0, ProxyConfig(), "engine")
 
 
 def test_the_first_and_last_are_told_and_the_rest_is_estimated():
@@ -38,3 +49,43 @@ def test_each_stage_is_counted_apart_and_told_at_its_end():
         f"{PROGRESS_PREFIX}2 of 2 files read",
         f"{PROGRESS_PREFIX}1 of 1 chunks scored",
     ]
+
+
+def finished(spec: ProxySpec, *, diverged: bool = False) -> ProxyRecord:
+    return ProxyRecord(spec.key, {}, {}, {}, [3.0, 2.0], diverged, 1.0, epochs=[0.5])
+
+
+def test_a_study_tells_what_is_done_failed_and_running_and_how_fast():
+    lines, looks = [], []
+    specs = [replace(SPEC, data_seed=seed) for seed in range(5)]
+    progress = TrainingProgress(
+        specs, "runs trained", lines.append, lambda now: looks.append(now.n_ended), every=0
+    )
+
+    progress.on_started(specs[:3])
+    progress.on_started(specs[:1])  # again, after its worker died
+    progress.on_done([finished(specs[0]), finished(specs[1], diverged=True)])
+    progress.on_failed(specs[2], "no reason")
+    progress.on_started(specs[3:])
+    progress.on_done([finished(spec) for spec in specs[3:]])
+
+    assert lines[0].startswith(f"{PROGRESS_PREFIX}2 of 5 runs trained (0 failed, 1 running, ")
+    assert lines[1] == f"proxy run {specs[2].key} failed: no reason"
+    assert lines[-1].startswith(f"{PROGRESS_PREFIX}4 of 5 runs trained (1 failed, 0 running, ")
+    assert lines[-1].endswith(" tokens/s), 0 s left")
+    assert looks == [2, 3, 5]
+    assert (progress.diverged, progress.tokens) == (1, 4 * SPEC.config.tokens)
+    assert [record.key for record in progress.records] == [specs[i].key for i in (0, 1, 3, 4)]
+
+
+def test_a_long_study_is_looked_at_every_tenth_of_its_runs():
+    looks = []
+    specs = [replace(SPEC, data_seed=seed) for seed in range(100)]
+    progress = TrainingProgress(
+        specs, "runs", lambda line: None, lambda now: looks.append(now.done)
+    )
+
+    for spec in specs:
+        progress.on_done([finished(spec)])
+
+    assert looks == list(range(10, 101, 10))

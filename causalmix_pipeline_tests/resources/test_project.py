@@ -5,6 +5,7 @@ import pytest
 from causalmix_pipeline.adapters.local_workers import LocalWorkers
 from causalmix_pipeline.adapters.ray_workers import RayWorkers
 from causalmix_pipeline.core.errors import ConfigError
+from causalmix_pipeline.resources import project as project_module
 from causalmix_pipeline.resources.project import Project, default_resources
 from causalmix_pipeline_tests.conftest import write_project
 
@@ -58,3 +59,38 @@ def test_assets_are_kept_below_the_data_folder(tmp_path):
     resources = default_resources(write_project(tmp_path))
 
     assert resources["io_manager"].base_dir == str(tmp_path / "data" / "assets")
+
+
+def test_proxies_from_scratch_are_trained_on_the_cpu_unless_a_gpu_is_asked_for(
+    tmp_path, monkeypatch
+):
+    """Documents are scored by as many processes as before, proxies by one for each GPU."""
+    monkeypatch.setattr(project_module, "visible_gpus", lambda: ("0", "1"))
+    usual = Project(config_file=str(write_project(tmp_path, backend={"workers": 3})))
+    assert usual.backend.device == "cpu"
+    assert usual.backend.workers == LocalWorkers(3)
+
+    backend = {"device": "cuda", "max_retries": 5}
+    asked = Project(config_file=str(write_project(tmp_path, backend=backend)))
+    assert asked.backend.device == "cuda"
+    assert asked.backend.workers == LocalWorkers(0, 5, ("0", "1"))
+    assert asked.workers == LocalWorkers(0, 5)
+
+
+def test_gpus_of_a_cluster_are_reserved_for_training_alone(tmp_path, monkeypatch):
+    """This machine needs none."""
+    monkeypatch.setattr(project_module, "visible_gpus", lambda: ())
+    backend = {"kind": "ray", "device": "cuda", "gpus_per_run": 0.5}
+    project = Project(config_file=str(write_project(tmp_path, backend=backend)))
+
+    assert project.backend.device == "cuda"
+    assert project.backend.workers == RayWorkers(n_gpus_per_task=0.5)
+    assert project.workers == RayWorkers()
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(project_module, "visible_gpus", lambda: ())
+    project = Project(config_file=str(write_project(tmp_path, backend={"device": "cuda"})))
+
+    with pytest.raises(ConfigError, match=r"backend\.device must be cpu or auto .* got cuda"):
+        _ = project.backend

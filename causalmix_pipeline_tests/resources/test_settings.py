@@ -36,6 +36,7 @@ def refusal(**raw) -> str:
         ({"design": {"states": {"tilt_metric": "mood"}}}, "design.states.tilt_metric", "'mood'"),
         ({"proxy": {"overrides": {"depth": 2}}}, "proxy.overrides.depth", "known: hidden"),
         ({"proxy": {"overrides": {"hidden": 33}}}, "proxy.hidden", "33"),
+        ({"budget": {"max_cost": 40}}, "budget.max_cost must come with", "got 40 and no price"),
         ({"policy": {"least_share": 0.6, "most_share": 0.5}}, "policy.least_share", "got 0.6"),
         ({"policy": {"reference": "fixed"}}, "policy.fixed_mixture", "reference fixed"),
         ({"policy": {"fixed_mixture": {"math": 1.0}}}, "policy.fixed_mixture", "reference natural"),
@@ -63,8 +64,9 @@ def test_the_defaults_are_valid():
 
 @pytest.mark.parametrize("preset", PRESET_RUNS)
 def test_a_preset_says_how_many_runs_unless_the_design_does(preset):
-    assert Settings.model_validate({"proxy": {"preset": preset}}).n_runs == PRESET_RUNS[preset]
-    explicit = {"proxy": {"preset": preset}, "design": {"n_runs": 12}}
+    proxy = {"preset": preset, "pretrained": "models/any"}
+    assert Settings.model_validate({"proxy": proxy}).n_runs == PRESET_RUNS[preset]
+    explicit = {"proxy": proxy, "design": {"n_runs": 12}}
     assert Settings.model_validate(explicit).n_runs == 12
 
 
@@ -74,6 +76,38 @@ def test_overrides_go_over_the_preset():
     config = Settings.model_validate({"proxy": proxy}).proxy.to_config()
 
     assert (config.hidden, config.steps) == (64, 30)
+
+
+@pytest.mark.parametrize("preset", ["paper", "longcot"])
+def test_a_preset_for_gpus_needs_a_pretrained_model(preset):
+    assert "proxy.pretrained must be set" in refusal(proxy={"preset": preset})
+
+
+def test_samples_of_a_pretrained_recipe_become_tokens_of_the_pool():
+    overrides = {"method": "lora", "samples": 500}
+    raw = {"preset": "longcot", "pretrained": "Qwen/Qwen3-4B", "overrides": overrides}
+    proxy = Settings.model_validate({"proxy": raw}).proxy
+
+    config = proxy.to_pretrained("/models/qwen3", weights_hash="h", mean_tokens=4000.5)
+
+    assert (config.model, config.weights_hash) == ("/models/qwen3", "h")
+    assert (config.tokens, config.sequence_length) == (2_000_250, 16_384)
+    assert (config.method, config.gradient_checkpointing) == ("lora", True)
+    assert proxy.pool_vocab_size == 1024
+    assert proxy.to_config().sequence_length == 16_384
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"hidden": 64}, "proxy.overrides.hidden is no proxy setting"),
+        ({"weights_hash": "x"}, "proxy.overrides.weights_hash is no proxy setting"),
+        ({"samples": 0}, "proxy.overrides.samples must be >= 1, got 0"),
+        ({"learning_rate": -1}, "proxy.learning_rate must be finite and > 0, got -1"),
+    ],
+)
+def test_overrides_of_a_pretrained_recipe_are_checked(overrides, said):
+    assert said in refusal(proxy={"pretrained": "m", "overrides": overrides})
 
 
 def test_settings_do_not_change_after_loading():

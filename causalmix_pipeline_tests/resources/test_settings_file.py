@@ -37,7 +37,7 @@ def refusal(tmp_path, raw) -> list[str]:
         ),
         (
             {"tasks": [TASK | {"wieght": 1}]},
-            "tasks[0].wieght is no setting; known here: name, path, weight, direction.",
+            "tasks[0].wieght is no setting; known here: name, path, kind, weight, direction,",
             "",
         ),
         ({"sede": 1}, "sede is no setting; known here: data_dir, storage, pools", "seed."),
@@ -46,10 +46,29 @@ def refusal(tmp_path, raw) -> list[str]:
         ({"tasks": [TASK | {"name": "A b"}]}, "tasks[0].name must match pattern", "underscores."),
         (
             {"tasks": [TASK | {"direction": "maximize"}]},
-            "tasks[0].direction must be 'minimize', got 'maximize'",
-            "byte.",
+            "direction of task 'math' must be minimize with kind loss, got maximize",
+            "leave it out",
         ),
-        ({"proxy": {"preset": "big"}}, "proxy.preset must be 'tests', 'demo' or 'study'", ""),
+        (
+            {"tasks": [TASK | {"kind": "rank"}]},
+            "tasks[0].kind must be 'loss', 'choice', 'exact' or 'lm_eval', got 'rank'",
+            "",
+        ),
+        (
+            {"tasks": [TASK | {"kind": "lm_eval"}]},
+            "harness_task of task 'math' must be given exactly with kind lm_eval, got None",
+            "",
+        ),
+        (
+            {"tasks": [TASK | {"kind": "exact", "measure": "accuracy"}]},
+            "measure of task 'math' must be left out with kind exact",
+            "choice",
+        ),
+        (
+            {"proxy": {"preset": "big"}},
+            "proxy.preset must be 'tests', 'demo', 'study', 'paper' or 'longcot'",
+            "",
+        ),
         ({"design": {"n_runs": "many"}}, "design.n_runs must be a integer", ""),
         (
             {"automation": {"sensor_interval_seconds": 5}},
