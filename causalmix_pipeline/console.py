@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import dagster as dg
@@ -41,7 +41,9 @@ STEP_SECONDS = {
 #: Seconds between two lines of progress where the output is no terminal.
 PLAIN_SECONDS = 15.0
 
-_PROGRESS = re.compile(re.escape(PROGRESS_PREFIX) + r"(\d+) of (\d+) (.+), (\d+) s left")
+_PROGRESS = re.compile(
+    re.escape(PROGRESS_PREFIX) + r"(\d+) of (\d+) ([^(]+?)(?: \((.+)\))?, (\d+) s left"
+)
 
 
 class Work:
@@ -63,8 +65,9 @@ class Work:
             self._left.pop(step.rpartition(".")[2], None)
         found = _PROGRESS.search(entry.user_message or "")
         if found:
-            done, total, what, seconds = found.groups()
-            self.what = f"{what} {done}/{total}"
+            done, total, what, note, seconds = found.groups()
+            failed = "" if not note or note.startswith("0 failed") else f", {note.split(',')[0]}"
+            self.what = f"{what} {done}/{total}{failed}"
             self._left[step.rpartition(".")[2]] = float(seconds)
 
     @property
@@ -105,6 +108,17 @@ def progress_line(console: Console, work: Work) -> Iterator[EventHandler]:
                 console.print(f"  {work.what}, {left}")
 
         yield on_event
+
+
+@contextmanager
+def count_line(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show one line with how many of some work are done; yields what to call with more of them."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+               TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(task, n)
+    console.print(f"{total} {what} trained.")
 
 
 # ---------------------------------------------------------------------------- tables
@@ -193,6 +207,109 @@ def print_binding(console: Console, recommended: Mapping) -> None:
         console.print(f"What holds it back: {escape(', '.join(binding))}.")
     else:
         console.print("No constraint holds it back.")
+
+
+def hours_text(hours: float) -> str:
+    """A time that people say: 45 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    seconds = 3600 * hours
+    if seconds < 3600:
+        return minutes(seconds)
+    whole = round(seconds / 60)
+    if whole < 2880:
+        return f"{whole // 60} h {whole % 60:02d} min"
+    return f"{whole // 1440} d {whole % 1440 // 60} h"
+
+
+def bytes_text(n_bytes: float) -> str:
+    """A size in kB, MB, GB or TB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes / 1e3:.0f} kB"
+
+
+def count_text(count: float) -> str:
+    """A count: 45,312, or 69.6 million, or 51.2 billion."""
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,.0f}"
+
+
+def plan_table(price: Mapping, limits: Mapping, free_bytes: float | None) -> Table:
+    """What the proxy runs are and what they cost, in groups.
+
+    Args:
+        price: as `core.price.price` returns it.
+        limits: `max_hours`, `max_gpu_hours` and `max_cost` of the budget; None is no limit.
+        free_bytes: room on the disk of the run store; None where it isn't a disk of this machine.
+    """
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    tokens, parameters = 1e6 * price["million tokens a run"], price["parameters of a proxy"]
+    room = "" if free_bytes is None else f"; {bytes_text(free_bytes)} free"
+    scratch = price["scratch bytes"]
+    meanwhile = f", and {bytes_text(scratch)} while it trains" if scratch else ""
+    kept = f"{bytes_text(price['record bytes'])} of records{meanwhile}{room}"
+    workers, at_once = price["workers"], price["runs at once"]
+    table.add_row("[bold]what[/]")
+    table.add_row("  proxy runs", f"{price['proxy runs']:,}: {price['in the store']:,} in the "
+                  f"store, {price['to train']:,} to train")  # fmt: skip
+    table.add_row("  a run", f"{count_text(tokens)} tokens, {count_text(parameters)} parameters")
+    total = 1e6 * price["million tokens to train"]
+    table.add_row("  to train", f"{count_text(total)} tokens, {price['FLOPs to train']:.1e} FLOPs")
+    table.add_row("[bold]cost[/]")
+    table.add_row("  time here", f"{hours_text(price['hours'])}, in {workers} workers of "
+                  f"{at_once // workers} runs each")  # fmt: skip
+    if price["GPU hours"]:
+        table.add_row("  GPU hours", f"{price['GPU hours']:.3g}")
+    else:
+        table.add_row("  core hours", f"{price['core hours']:.3g}")
+    money = "no price is set (budget.price_per_core_hour, budget.price_per_gpu_hour)"
+    if price["cost"] is not None:
+        money = f"{price['cost']:,.2f} {escape(price['currency'])}"
+    table.add_row("  money", money)
+    table.add_row("  disk", kept)
+    table.add_row("  budget", limits_text(limits, price["currency"]))
+    table.add_row("  known how", escape(price["measured"]))
+    return table
+
+
+def limits_text(limits: Mapping, currency: str) -> str:
+    """The limits of the budget in words."""
+    named = {"max_hours": "hours", "max_gpu_hours": "GPU hours", "max_cost": escape(currency)}
+    told = [f"{limits[name]:g} {unit}" for name, unit in named.items() if limits[name] is not None]
+    return f"at most {', '.join(told)}" if told else "no limit is set"
+
+
+def power_table(power: Sequence[Mapping], n_runs: int, sizes: Sequence[int]) -> Table:
+    """What the runs can tell of each task: noise, the smallest gain by number of runs, a verdict.
+
+    Args:
+        power: rows of `core.power.power_table`.
+        n_runs: distinct proxy runs of the design.
+        sizes: numbers of runs to show the smallest gain of.
+    """
+    gains = [f"{size:,} runs" for size in sizes]
+    columns = ["task", "seed sd", "signal", "in reach", *gains, f"seen by {n_runs:,}", "needed"]
+    table = new_table(columns, left=["task"])
+    for row in power:
+        if row["seed_sd"] is None:
+            table.add_row(escape(row["task"]), *["unknown"] * (len(columns) - 1))
+            continue
+        seen = [row["curve"][str(size)] for size in sizes]
+        needed = "none" if row["runs_needed"] is None else f"{row['runs_needed']:,}"
+        table.add_row(
+            escape(row["task"]),
+            f"{row['seed_sd']:.4f}",
+            f"{row['ratio']:.1f}",
+            f"{row['in_reach']:.3f}",
+            *("-" if gain is None else f"{gain:.4f}" for gain in seen),
+            f"{100 * row['detection']:.0f}%",
+            needed,
+        )
+    return table
 
 
 def signal_table(checks: Mapping, losses: Mapping[str, tuple[float, float]]) -> Table:

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,14 @@ class Workspace:
             *ON_REQUEST
         )  # fmt: skip
 
-    def bring_up_to_date(self, selection: dg.AssetSelection) -> list[str]:
+    def bring_up_to_date(
+        self, selection: dg.AssetSelection, *, tags: Mapping[str, str] | None = None
+    ) -> list[str]:
         """Observe the pools and materialise what is stale, with a progress line.
+
+        Args:
+            selection: what may be made.
+            tags: of the Dagster runs.
 
         Returns:
             Names of the assets that were made, in order.
@@ -97,7 +103,7 @@ class Workspace:
             return []
         work = Work(step_names(self.defs, keys))
         with self.quiet_log(), progress_line(self.console, work) as on_event:
-            made = refresh(self.defs, self.instance, selection, on_event=on_event)
+            made = refresh(self.defs, self.instance, selection, tags=tags, on_event=on_event)
         return [key.to_user_string() for key in made]
 
     @contextlib.contextmanager

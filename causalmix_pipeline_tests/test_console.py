@@ -1,22 +1,29 @@
 import io
 
+import dagster as dg
 import pytest
 from rich.console import Console
 
 from causalmix_pipeline.console import (
     Work,
     before_after_table,
+    bytes_text,
+    count_text,
     estimator_table,
     gain_text,
+    hours_text,
     minutes,
     mixture_table,
     moved_table,
+    plan_table,
+    power_table,
     print_binding,
     print_gain,
     print_verdict,
     signal_table,
     top_up_table,
 )
+from causalmix_pipeline.core.price import Calibration, Rates, Workload, price
 
 
 def recommended(**changes) -> dict:
@@ -190,3 +197,103 @@ def test_nothing_to_do_is_done():
 
 def test_times_are_told_as_people_say_them():
     assert [minutes(s) for s in (0.4, 59.4, 60, 200)] == ["0 s", "59 s", "1 min 00 s", "3 min 20 s"]
+
+
+# The plan
+
+PRICE = price(
+    Workload(
+        n_all=136, n_pending=100, tokens=512_000, flops=1.6e11, n_parameters=45_000, steps=1000,
+        runs_per_stack=4, n_workers=2, n_cores=2, scratch_bytes=2 * 10**9,
+    ),
+    Calibration(3.0, 0.5, 0.02, 4096, "measured by a trial"),
+    Rates(core_hour=0.5, currency="EUR"),
+)  # fmt: skip
+NO_LIMITS = {"max_hours": None, "max_gpu_hours": None, "max_cost": None}
+
+
+def lines_of(table, width: int = 100) -> list[str]:
+    """What is printed, a line each; refuses what doesn't fit."""
+    out = Console(file=io.StringIO(), width=width)
+    out.print(table)
+    lines = out.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(len(line) <= width and "…" not in line for line in lines)
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_the_plan_is_told_in_units_that_people_use():
+    lines = lines_of(plan_table(PRICE, NO_LIMITS | {"max_hours": 2.0, "max_cost": 9.0}, 5e10))
+
+    assert "proxy runs 136: 36 in the store, 100 to train" in lines
+    assert "a run 512,000 tokens, 45,000 parameters" in lines
+    assert "to train 51.2 million tokens, 1.6e+13 FLOPs" in lines
+    assert "time here 4 min 29 s, in 2 workers of 4 runs each" in lines
+    assert "core hours 0.15" in lines
+    assert "money 0.07 EUR" in lines
+    assert "disk 410 kB of records, and 4.0 GB while it trains; 50.0 GB free" in lines
+    assert "budget at most 2 hours, 9 EUR" in lines
+
+
+def test_a_plan_without_price_and_limit_says_where_to_set_them():
+    lines = lines_of(plan_table({**PRICE, "cost": None}, NO_LIMITS, None))
+
+    assert "money no price is set (budget.price_per_core_hour, budget.price_per_gpu_hour)" in lines
+    assert "budget no limit is set" in lines
+
+
+def test_the_power_table_shows_what_runs_can_tell():
+    row = {
+        "task": "math", "seed_sd": 0.0123, "ratio": 12.34, "in_reach": 0.1234, "detection": 0.987,
+        "runs_needed": 48, "curve": {"64": None, "512": 0.0101},
+    }  # fmt: skip
+    unknown = dict.fromkeys(row) | {"task": "code"}
+
+    lines = lines_of(power_table([row, unknown], 1024, (64, 512)))
+
+    assert "task seed sd signal in reach 64 runs 512 runs seen by 1,024 needed" in lines
+    assert "math 0.0123 12.3 0.123 - 0.0101 99% 48" in lines
+    assert "code " + " ".join(["unknown"] * 7) in lines
+    none = lines_of(power_table([row | {"runs_needed": None}], 1024, (64,)))
+    assert none[3].endswith("99% none")
+
+
+def test_times_sizes_and_counts_are_said_as_people_say_them():
+    assert [hours_text(h) for h in (0.01, 0.5, 1.0, 26.25, 100.0)] == [
+        "36 s", "30 min 00 s", "1 h 00 min", "26 h 15 min", "4 d 4 h",
+    ]  # fmt: skip
+    assert [bytes_text(n) for n in (4.1e5, 2e9, 3e12)] == ["410 kB", "2.0 GB", "3.0 TB"]
+    assert [count_text(n) for n in (45_312, 6.96e7, 5.12e10)] == [
+        "45,312", "69.6 million", "51.2 billion",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("progress: 3 of 9 files read, 12 s left", "files read 3/9"),
+        (
+            "progress: 3 of 9 proxy runs trained (0 failed, 2 running, 999 tokens/s), 12 s left",
+            "proxy runs trained 3/9",
+        ),
+        (
+            "progress: 3 of 9 proxy runs trained (1 failed, 2 running, 999 tokens/s), 12 s left",
+            "proxy runs trained 3/9, 1 failed",
+        ),
+    ],
+)
+def test_a_progress_line_of_the_log_is_understood(line, what):
+    """Plain ones, and those of a study with failed and running runs."""
+    work = Work(["train_proxy_runs"])
+    entry = dg.EventLogEntry(
+        error_info=None,
+        level=20,
+        user_message=line,
+        run_id="r",
+        timestamp=0.0,
+        step_key="proxy_runs.train_proxy_runs",
+    )
+
+    work.on_event(entry)
+
+    assert work.what == what
+    assert work.seconds_left == 12

@@ -11,12 +11,14 @@ from typing import Any
 
 import dagster as dg
 
+from causalmix_pipeline.adapters.task_files import file_digest
 from causalmix_pipeline.core.covariates import QUANTILES
 from causalmix_pipeline.resources.settings import Settings
 
 
 def _proxy(settings: Settings) -> Any:
-    return settings.proxy.to_config().to_dict()
+    config, pretrained = settings.proxy.to_config().to_dict(), settings.proxy.pretrained
+    return config if pretrained is None else [pretrained, config]
 
 
 def _objective(settings: Settings) -> Any:
@@ -24,11 +26,23 @@ def _objective(settings: Settings) -> Any:
 
 
 def _tasks(settings: Settings) -> Any:
-    """Names of tasks, and the content of their held-out text, which no asset observes."""
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        for name, path in settings.task_paths.items()
-    }
+    """Names of tasks, how they are scored, and the content of their files, which none observes."""
+    versions: dict[str, Any] = {}
+    for task in settings.tasks:
+        digest = file_digest(settings.resolve(task.path))
+        others = {"name", "path", "weight", "direction"}
+        scored = task.model_dump(mode="json", exclude=others, exclude_defaults=True)
+        versions[task.name] = [digest, scored] if scored else digest
+    return versions
+
+
+def _outcomes(settings: Settings) -> Any:
+    """Covariates, and tasks whose direction isn't their kind's."""
+    odd = [task.name for task in settings.tasks if (task.direction, task.kind) in _ODD_DIRECTIONS]
+    return [settings.covariates, odd] if odd else settings.covariates
+
+
+_ODD_DIRECTIONS = [("minimize", kind) for kind in ("choice", "exact", "lm_eval")]
 
 
 def _states(settings: Settings) -> Any:
@@ -46,7 +60,10 @@ def _ranges(settings: Settings) -> Any:
 def _measured(settings: Settings) -> Any:
     """How documents are read and what is measured of them; where it runs doesn't count."""
     profile = settings.profile.model_dump(mode="json", exclude={"device"})
-    door = [settings.quality.max_document_bytes, settings.quality.max_decompression_ratio]
+    quality = settings.quality
+    door: list[Any] = [quality.max_document_bytes, quality.max_decompression_ratio]
+    if quality.exclude_overlap:
+        door.append(_tasks(settings))
     return [settings.columns.model_dump(mode="json"), profile, door]
 
 
@@ -55,17 +72,23 @@ DEPENDS_ON: dict[str, Callable[[Settings], Any]] = {
     "tokenizer": lambda s: [
         s.columns.model_dump(mode="json"),
         s.domains,
-        s.proxy.to_config().vocab_size,
+        s.proxy.pool_vocab_size,
     ],
     "experiment_documents": lambda s: [
         _measured(s),
         s.design.seed if s.design.states.noise > 0 else None,
     ],
-    "eval_tasks": lambda s: [_tasks(s), s.columns.text, s.proxy.to_config().sequence_length],
+    "eval_tasks": lambda s: [
+        _tasks(s),
+        s.columns.text,
+        s.proxy.to_config().sequence_length,
+        *([s.proxy.pretrained] if s.proxy.pretrained else []),
+    ],
     "pool_states": _states,
     "normaliser": _ranges,
     "mixture_design": lambda s: [s.design.model_dump(mode="json"), s.n_runs, _proxy(s)],
-    "run_table": lambda s: s.covariates,
+    "proxy_plan": lambda s: s.budget.model_dump(mode="json"),
+    "run_table": _outcomes,
     "cate_model": lambda s: [s.estimators, s.seed],
     "cate_checks": lambda s: s.seed,
     "live_documents": _measured,

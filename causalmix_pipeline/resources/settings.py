@@ -7,6 +7,7 @@ them and resolved against the folder of the file, so a project can be moved.
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,16 +22,33 @@ from causalmix_pipeline.core.covariates import (
     base_of,
     check_covariate_names,
 )
+from causalmix_pipeline.core.errors import ConfigError
+from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 
 #: Proxy runs of each preset, without the noise panel; `design.n_runs` overrides it.
-PRESET_RUNS = {"tests": 32, "demo": 128, "study": 512}
+PRESET_RUNS = {"tests": 32, "demo": 128, "study": 512, "paper": 512, "longcot": 64}
 
 #: Proxy settings of each preset, over the defaults of `core.proxy.ProxyConfig`.
 PRESET_PROXY: dict[str, dict[str, Any]] = {
     "tests": {"hidden": 32, "layers": 1, "steps": 30},
     "demo": {"hidden": 32, "layers": 1, "steps": 1000},
     "study": {"hidden": 32, "layers": 1, "steps": 1000},
+}
+
+#: Recipe of each preset where `proxy.pretrained` is set, over the defaults of
+#: `core.pretrained.PretrainedConfig`; `samples` documents are turned into tokens of the pool.
+PRESET_PRETRAINED: dict[str, dict[str, Any]] = {
+    "tests": {"samples": 100, "sequence_length": 256, "batch_sequences": 4},
+    "demo": {"samples": 2_000, "sequence_length": 1024},
+    "study": {"samples": 20_000},
+    "paper": {"samples": 100_000, "batch_sequences": 32, "micro_batch": 8},
+    "longcot": {
+        "samples": 20_000,
+        "sequence_length": 16_384,
+        "batch_sequences": 8,
+        "gradient_checkpointing": True,
+    },
 }
 
 DEFAULT_COVARIATES = [
@@ -50,6 +68,9 @@ EstimatorName = Literal[
     "causal_forest_log",
     "regmix",
     "lightgbm_state",
+    "extra_trees",
+    "log_linear",
+    "stack",
 ]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -198,7 +219,26 @@ class Backend(Section):
         default=0,
         ge=0,
         le=1024,
-        description="Processes on this machine; 0 takes one per core. Ray has its own.",
+        description="Processes on this machine; 0 takes one per core, or one per GPU where proxies "
+        "are trained on GPUs. Ray has its own.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where proxies are trained: auto takes the CPU for those trained from scratch "
+        "and a GPU, if there is one, for pretrained models; another device trains all runs anew.",
+    )
+    gpus_per_run: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=16.0,
+        description="GPUs that Ray reserves for what a worker trains at once on cuda; a part of "
+        "one, such as 0.25, lets several share it. On this machine each worker has one GPU.",
+    )
+    max_retries: int = Field(
+        default=2,
+        ge=0,
+        le=20,
+        description="How often work is tried again after its process died, before it is given up.",
     )
 
     @model_validator(mode="after")
@@ -220,19 +260,69 @@ class Task(Section):
     )
     path: str = Field(
         min_length=1,
-        description="JSONL or Parquet file with held-out text of the task; none of it may be in "
-        "a pool.",
+        description="JSONL or Parquet file of held-out text or questions, none of it in a pool; "
+        "for lm_eval a folder.",
+    )
+    kind: Literal["loss", "choice", "exact", "lm_eval"] = Field(
+        default="loss",
+        description="What is measured: loss (held-out text, bits per byte), choice (columns "
+        "prompt, choices, answer: likelihood of the options), exact (prompt, answer: greedy "
+        "generation), lm_eval (a task of the lm-evaluation-harness, in a folder with its YAML file "
+        "and data; pretrained models only).",
     )
     weight: float = Field(
         default=1.0,
         ge=0.0,
         description="How much the task counts against the others; 0 only reports it.",
     )
-    direction: Literal["minimize"] = Field(
-        default="minimize",
-        description="Which way is better; minimize, since the outcome is held-out loss in bits "
-        "per byte.",
+    direction: Literal["minimize", "maximize"] | None = Field(
+        default=None,
+        description="Which way is better; null minimises loss and maximises every other score.",
     )
+    measure: Literal["probability", "accuracy"] = Field(
+        default="probability",
+        description="For choice: the mean probability of the right option, or the share of "
+        "questions whose right option is likeliest. The first moves with every weight of a small "
+        "model; the second is what benchmarks report, and noisier.",
+    )
+    max_questions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Ask at most this many questions, spread evenly over the file; null asks all.",
+    )
+    max_new_tokens: int = Field(
+        default=64, ge=1, le=32_768, description="For exact: most tokens of a generated answer."
+    )
+    harness_task: str | None = Field(
+        default=None,
+        min_length=1,
+        description="For lm_eval: the task's name in its YAML file.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.kind == "loss" and self.direction == "maximize":
+            raise ValueError(
+                f"direction of task {self.name!r} must be minimize with kind loss, got maximize: "
+                "less loss is better; leave it out"
+            )
+        if (self.kind == "lm_eval") != (self.harness_task is not None):
+            raise ValueError(
+                f"harness_task of task {self.name!r} must be given exactly with kind lm_eval, got "
+                f"{self.harness_task!r} with kind {self.kind}: name the task in the YAML file, or "
+                "leave it out"
+            )
+        for field, kinds in (
+            ("measure", ["choice"]),
+            ("max_new_tokens", ["exact"]),
+            ("max_questions", ["choice", "exact", "lm_eval"]),
+        ):
+            if field in self.model_fields_set and self.kind not in kinds:
+                raise ValueError(
+                    f"{field} of task {self.name!r} must be left out with kind {self.kind}: it "
+                    f"belongs to {' or '.join(kinds)}"
+                )
+        return self
 
 
 class NoisePanel(Section):
@@ -307,7 +397,7 @@ class Design(Section):
         ge=8,
         le=100_000,
         description="Proxy runs without the noise panel; null takes the preset's (tests 32, demo "
-        "128, study 512). Raising it trains only the new runs.",
+        "128, study and paper 512, longcot 64). Raising it trains only the new runs.",
     )
     mixtures_per_state: int = Field(
         default=4,
@@ -343,30 +433,51 @@ class Design(Section):
         return self
 
 
-class Proxy(Section):
-    """The small models that are trained, and on how many processes."""
+#: Fields of a config that follow from `proxy.pretrained` itself.
+NOT_OVERRIDDEN = ("model", "weights_hash")
 
-    preset: Literal["tests", "demo", "study"] = Field(
+
+class Proxy(Section):
+    """The models that are trained as proxies: small ones from scratch, or a pretrained one."""
+
+    preset: Literal["tests", "demo", "study", "paper", "longcot"] = Field(
         default="demo",
         description="Size of model and experiment: tests (30 steps, plumbing only), demo (1,000 "
-        "steps, minutes), study (demo's model, 512 runs, about an hour).",
+        "steps, minutes), study (demo's model, 512 runs, about an hour); paper (512 runs of "
+        "100,000 samples) and longcot (64 runs, sequences of 16,384 tokens), which fine-tune "
+        "`pretrained` on GPUs.",
+    )
+    pretrained: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder, GGUF file or hub id of a causal language model that is fine-tuned as "
+        "the proxy, such as Qwen/Qwen2.5-0.5B; null trains small models from scratch.",
     )
     overrides: dict[str, Any] = Field(
         default={},
         description="Proxy settings that differ from the preset, such as {steps: 3000, hidden: "
-        "64}; each change trains all runs anew.",
+        "64}, or with `pretrained` {method: lora, learning_rate: 1.0e-4, samples: 10000}; each "
+        "change of what is learned trains all runs anew.",
     )
     models_per_stack: int = Field(
         default=4,
-        ge=1,
-        le=64,
+        ge=0,
+        le=1024,
         description="Models that one process trains at once in one set of tensors; 4-8 is fastest "
-        "on a CPU.",
+        "on a CPU, hundreds on a GPU; 0 measures what is fastest.",
     )
 
     @model_validator(mode="after")
     def _check(self):
-        known = [field.name for field in dataclasses.fields(ProxyConfig)]
+        if self.preset not in PRESET_PROXY and self.pretrained is None:
+            raise ValueError(
+                f"proxy.pretrained must be set with proxy.preset {self.preset}, got null: name the "
+                "model to fine-tune, such as Qwen/Qwen2.5-0.5B"
+            )
+        known = [each.name for each in dataclasses.fields(ProxyConfig)]
+        if self.pretrained is not None:
+            names = [each.name for each in dataclasses.fields(PretrainedConfig)]
+            known = ["samples", *(name for name in names if name not in NOT_OVERRIDDEN)]
         unknown = [name for name in self.overrides if name not in known]
         if unknown:
             raise ValueError(
@@ -375,9 +486,88 @@ class Proxy(Section):
         self.to_config()
         return self
 
-    def to_config(self) -> ProxyConfig:
-        """The proxy model of the preset, with the overrides."""
-        return ProxyConfig(**PRESET_PROXY[self.preset] | self.overrides)
+    @property
+    def pool_vocab_size(self) -> int:
+        """Tokens of the experiment pool's own tokenizer, which documents are measured by."""
+        config = self.to_config()
+        return config.vocab_size if isinstance(config, ProxyConfig) else ProxyConfig().vocab_size
+
+    def to_config(self) -> ProxyConfig | PretrainedConfig:
+        """The proxy model of the preset, with the overrides.
+
+        With `pretrained` it's what is known before the model and the pool are read: without the
+        model's hash, its tokens those of samples of one sequence each.
+        """
+        if self.pretrained is None:
+            return ProxyConfig(**PRESET_PROXY[self.preset] | self.overrides)
+        length = {"sequence_length": PretrainedConfig.sequence_length, **self._recipe}
+        return self.to_pretrained(
+            self.pretrained, weights_hash="", mean_tokens=length["sequence_length"]
+        )
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        return PRESET_PRETRAINED[self.preset] | self.overrides
+
+    def to_pretrained(
+        self, model: str, *, weights_hash: str, mean_tokens: float
+    ) -> PretrainedConfig:
+        """The recipe of the preset, with the overrides, for a model and a pool.
+
+        Args:
+            model: where the model is: `pretrained`, its path made absolute.
+            weights_hash: of the model.
+            mean_tokens: tokens of a document of the experiment pool, which turn `samples` into
+                tokens.
+        """
+        recipe = dict(self._recipe)
+        samples = recipe.pop("samples")
+        if not (isinstance(samples, int) and samples >= 1):
+            raise ConfigError(f"proxy.overrides.samples must be >= 1, got {samples!r}.")
+        tokens = recipe.pop("tokens", None) or max(
+            math.ceil(samples * mean_tokens),
+            recipe.get("sequence_length", PretrainedConfig.sequence_length),
+        )
+        return PretrainedConfig(model=model, weights_hash=weights_hash, tokens=tokens, **recipe)
+
+
+class Budget(Section):
+    """What training may cost; beyond, it's refused until a person agrees."""
+
+    max_hours: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Most hours that the proxy runs to train may take on this hardware, by the "
+        "estimate of `causalmix plan`; null sets no limit.",
+    )
+    max_gpu_hours: float | None = Field(
+        default=None, gt=0.0, description="Most GPU hours that they may take; null sets no limit."
+    )
+    max_cost: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Most money that they may cost, in `currency`; needs a price; null sets no "
+        "limit.",
+    )
+    price_per_gpu_hour: float | None = Field(
+        default=None, ge=0.0, description="Price of one GPU for an hour; null counts none."
+    )
+    price_per_core_hour: float | None = Field(
+        default=None, ge=0.0, description="Price of one core for an hour; null counts none."
+    )
+    currency: str = Field(
+        default="USD", min_length=1, max_length=8, description="Unit of the prices, in words."
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        prices = (self.price_per_gpu_hour, self.price_per_core_hour)
+        if self.max_cost is not None and prices == (None, None):
+            raise ValueError(
+                f"budget.max_cost must come with budget.price_per_gpu_hour or "
+                f"budget.price_per_core_hour, got {self.max_cost:g} and no price: set one"
+            )
+        return self
 
 
 class Policy(Section):
@@ -464,6 +654,11 @@ class Quality(Section):
         description="Most bytes that a byte of a compressed file may become; beyond, the file is "
         "rejected as a bomb.",
     )
+    exclude_overlap: bool = Field(
+        default=False,
+        description="Whether documents that share 13 words in a row with a task's file are left "
+        "out of both pools, and listed as rejected; otherwise they stop the experiment.",
+    )
 
 
 class Automation(Section):
@@ -526,6 +721,7 @@ class Settings(Section):
     design: Design = Field(default=Design(), description="Which proxy runs are made.")
     proxy: Proxy = Field(default=Proxy(), description="How proxy runs are trained.")
     backend: Backend = Field(default=Backend(), description="Where scoring and training run.")
+    budget: Budget = Field(default=Budget(), description="What training may cost.")
     estimators: list[EstimatorName] = Field(
         default=["response_surface", "structured_ridge", "causal_forest", "regmix"],
         min_length=1,
@@ -628,6 +824,14 @@ class Settings(Section):
     def task_paths(self) -> dict[str, Path]:
         """Held-out text of each task, by its name, as absolute paths."""
         return {task.name: self.resolve(task.path) for task in self.tasks}
+
+    @property
+    def task_directions(self) -> dict[str, Literal["minimize", "maximize"]]:
+        """Which way each task's score is better, by its name."""
+        return {
+            task.name: task.direction or ("minimize" if task.kind == "loss" else "maximize")
+            for task in self.tasks
+        }
 
     @property
     def task_weights(self) -> dict[str, float]:
