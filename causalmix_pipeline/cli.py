@@ -9,7 +9,8 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from causalmix_pipeline.cli_tables import register
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError
 
 app = typer.Typer(
@@ -130,12 +131,29 @@ def covariates(config: ConfigOption = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigOption = None) -> None:
-    """Say what the proxy runs cost on this machine, before any is trained."""
+def plan(
+    config: ConfigOption = None,
+    pilot: Annotated[
+        bool,
+        typer.Option(
+            "--pilot",
+            help="Train the design's repeated runs and their neighbours first, to know the noise.",
+        ),
+    ] = False,
+) -> None:
+    """Say what the proxy runs cost and what they can tell, before they are trained."""
     import dagster as dg
 
     from causalmix_pipeline.assets.design import specs_of
-    from causalmix_pipeline.assets.proxy import price_runs
+    from causalmix_pipeline.assets.plan import (
+        budget_breaches,
+        budget_message,
+        experiment_of,
+        pilot_of,
+        power_of,
+        price_runs,
+    )
+    from causalmix_pipeline.console import plan_table
     from causalmix_pipeline.resources.project import Project
     from causalmix_pipeline.workspace import open_workspace
 
@@ -143,15 +161,87 @@ def plan(config: ConfigOption = None) -> None:
     with open_workspace(config, out) as work:
         work.bring_up_to_date(dg.AssetSelection.assets("mixture_design").upstream())
         project = Project(config_file=str(work.config_file.resolve()))
-        price = price_runs(project, specs_of(project, work.value("mixture_design")))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in price.items():
-        table.add_row(name, f"{value:,.4g}" if value < 1e6 else f"{value:.3g}")
-    out.print(table)
-    if price["to train"]:
+        design = work.value("mixture_design")
+        specs = specs_of(project, design)
+        chosen = set(pilot_of(design)["proxy_run_id"])
+        first = [spec for spec in specs if spec.key in chosen]
+        with work.quiet_log():
+            if pilot:
+                train_pilot(project, first, out)
+            price = price_runs(project, specs)
+            price_of_pilot = price_runs(project, first)
+        power = power_of(
+            project, design, work.value("pool_states"), work.value("eval_tasks")["tasks"]
+        )
+        limits = project.settings.budget.model_dump()
+        out.print(plan_table(price, limits, free_bytes(project.run_store.root)))
+        print_power(out, power, experiment_of(project, design), price_of_pilot)
+        breaches = budget_breaches(project, price)
+    if breaches:
+        out.print(f"[bold red]Over the budget.[/] {escape(budget_message(breaches))}")
+    elif price["to train"]:
         out.print("Train them: causalmix refresh --train")
     else:
         out.print("Nothing to train: every proxy run of the design is in the run store.")
+
+
+def free_bytes(root: str | Path) -> float | None:
+    """Free room on the disk of the run store; None for object storage."""
+    if isinstance(root, str):
+        return None
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    return float(shutil.disk_usage(there).free)
+
+
+def train_pilot(project, specs: Sequence, out: Console) -> None:
+    """Train the runs of the pilot that are missing.
+
+    Raises:
+        ConfigError: if they alone cost more than the budget allows.
+    """
+    from causalmix_pipeline.assets.plan import refuse_over_budget
+    from causalmix_pipeline.console import count_line
+
+    missing = project.run_store.missing(specs)
+    if not missing:
+        return
+    refuse_over_budget(project, specs, {})
+    with count_line(out, "pilot runs", len(missing)) as advance:
+        project.backend.train(missing, lambda records: advance(len(records)))
+
+
+def print_power(out: Console, power: Sequence, experiment, price_of_pilot) -> None:
+    """What the runs can tell, or how to find out."""
+    from causalmix_pipeline.console import hours_text, power_table
+    from causalmix_pipeline.core.power import sd_interval
+
+    out.print("[bold]power[/]")
+    if power:
+        sizes = sorted({64, 128, 512} - {experiment.n_runs})
+        out.print(power_table(power, experiment.n_runs, sizes))
+        low, high = sd_interval(power[0]["seed_df"])
+        out.print(
+            "seed sd: of equal runs with other seeds. signal: variance between mixtures over that "
+            "of seeds. in reach: gain of the best mixture as far from the reference as the "
+            "design's are from their mean. N runs: smallest gain that they see (80% power, 5% "
+            "level). seen by: chance to see what is in reach. needed: runs for a chance of 80%.\n"
+            f"From {power[0]['seed_df']} repeated runs: the true seed sd is {low:.1f} to "
+            f"{high:.1f} times that (90% interval)."
+        )
+        return
+    least = experiment.smallest_ratio()
+    known = f"they see nothing: {experiment.n_runs} runs are too few to test anything"
+    if least is not None:
+        known = (
+            f"they see a task's effect, with 80% probability, if mixtures move it by "
+            f"{least**0.5:.2f} of the standard deviation between seeds or more"
+        )
+    out.print(f"  Of {experiment.n_runs} runs is known so far: {known}.")
+    out.print(
+        "  Missing: that standard deviation, and how far mixtures move each task. Find out: "
+        f"causalmix plan --pilot trains {price_of_pilot['to train']} of the runs, about "
+        f"{hours_text(price_of_pilot['hours'])}; the design holds them anyway."
+    )
 
 
 @app.command()
@@ -160,8 +250,13 @@ def refresh(
     train: Annotated[
         bool, typer.Option("--train", help="Also train proxy runs that are missing; see plan.")
     ] = False,
+    over_budget: Annotated[
+        bool,
+        typer.Option("--over-budget", help="With --train: train though it exceeds the budget."),
+    ] = False,
 ) -> None:
     """Bring the recommendation up to date with the live pool; trains no proxy by itself."""
+    from causalmix_pipeline.assets.plan import OVER_BUDGET_TAG
     from causalmix_pipeline.console import mixture_table, print_gain, print_verdict
     from causalmix_pipeline.demo import shown
     from causalmix_pipeline.workspace import open_workspace
@@ -175,7 +270,9 @@ def refresh(
                 "`causalmix refresh --train`."
             )
         before = work.n_proxy_runs()
-        made = work.bring_up_to_date(work.selection(live_only=not train))
+        tags = {OVER_BUDGET_TAG: "yes"} if train and over_budget else {}
+        with budget_told(work):
+            made = work.bring_up_to_date(work.selection(live_only=not train), tags=tags)
         best = work.value("recommended_mixture")
         out.print(f"Re-materialised: {', '.join(made) or 'nothing, all was up to date'}.")
         out.print(f"proxy runs trained: {work.n_proxy_runs() - before}")
@@ -183,6 +280,28 @@ def refresh(
         print_gain(out, best)
         print_verdict(out, best)
         out.print(f"Report: {shown(work.settings.data_path / 'reports' / 'report.html')}")
+
+
+@contextmanager
+def budget_told(work) -> Iterator[None]:
+    """Say in words that the budget stopped a run, with the ways out.
+
+    Raises:
+        ConfigError: if it did.
+    """
+    import dagster as dg
+
+    from causalmix_pipeline.assets.plan import budget_breaches, budget_message
+    from causalmix_pipeline.resources.project import Project
+
+    try:
+        yield
+    except dg.DagsterError as error:
+        if type(error).__name__ == "DagsterAssetCheckFailedError" and "within_budget" in str(error):
+            project = Project(config_file=str(work.config_file.resolve()))
+            breaches = budget_breaches(project, work.value("proxy_plan"))
+            raise ConfigError(budget_message(breaches)) from error
+        raise
 
 
 def stale_names(work) -> list[str]:
@@ -426,6 +545,9 @@ def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:
         (name, lambda path=path, name=name: check(path, weights[name]))
         for name, path in settings.task_paths.items()
     ]
+
+
+register(app)
 
 
 # ---------------------------------------------------------------------------- the way out

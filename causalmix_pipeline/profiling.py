@@ -62,7 +62,7 @@ def profile_to_folder(
             tokenizer = read_tokenizer(out)
         else:
             on_progress("looks at the pool", 0, 1)
-            size = project.settings.proxy.to_config().vocab_size
+            size = project.settings.proxy.pool_vocab_size
             fitted: list[PoolTokenizer] = []
             project.workers.run(
                 fit_on_sample,

@@ -20,7 +20,7 @@ from causalmix_pipeline_tests.conftest import write_documents
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "demo", "plan", "refresh", "status", "init", "ui", "doctor", "profile", "covariates",
-    "fetch-scorer",
+    "fetch-scorer", "fit", "predict", "recommend", "explain",
 ]  # fmt: skip
 
 
@@ -166,7 +166,11 @@ def test_plan_prices_the_runs_before_any_is_trained(project_file):
     status, text = call("plan", "--config", str(project_file))
 
     assert status == 0, text
-    assert re.search(r"proxy runs 18 to train 18", text)
+    assert "proxy runs 18: 0 in the store, 18 to train" in text
+    assert "a run 3,840 tokens, 25,024 parameters" in text
+    assert re.search(r"time here \d+ s, in 2 workers of 4 runs each", text)
+    assert "Of 16 runs is known so far: they see a task's effect" in text
+    assert re.search(r"causalmix plan --pilot trains 6 of the runs, about \d+ s", text)
     assert "Train them: causalmix refresh --train" in text
     assert not list(project_file.parent.rglob("run_store/runs/*/*.json"))
 
@@ -175,8 +179,46 @@ def test_a_plan_of_finished_runs_has_nothing_to_train(finished):
     status, text = call("plan", "--config", str(finished))
 
     assert status == 0, text
-    assert "to train 0" in text
+    assert "18 in the store, 0 to train" in text
+    assert re.search(r"task seed sd signal in reach 64 runs 128 runs 512 runs seen by 16", text)
+    assert "From 2 repeated runs" in text
     assert "Nothing to train" in text
+
+
+def test_a_pilot_trains_runs_of_the_design_and_tells_the_noise(finished):
+    runs = finished.parent / "data" / "run_store" / "runs"
+    names = {path.name for path in runs.rglob("*.json")}
+    for path in runs.rglob("*.json"):
+        path.unlink()
+
+    status, text = call("plan", "--pilot", "--config", str(finished))
+
+    assert status == 0, text
+    assert "6 pilot runs trained." in text
+    assert "6 in the store, 12 to train" in text
+    assert "From 2 repeated runs" in text
+    assert {path.name for path in runs.rglob("*.json")} < names
+
+
+def test_a_budget_stops_training_until_a_person_agrees(finished):
+    change_settings(
+        finished,
+        budget={"max_hours": 1e-6},
+        design={"n_runs": 18, "mixtures_per_state": 2, "noise_panel": {"mixtures": 2, "seeds": 2}},
+    )
+
+    planned = call("plan", "--config", str(finished))
+    stopped = call("refresh", "--train", "--config", str(finished))
+    again = call("refresh", "--train", "--config", str(finished))
+    agreed = call("refresh", "--train", "--over-budget", "--config", str(finished))
+
+    assert planned[0] == 0 and "Over the budget. budget.max_hours allows 1e-06" in planned[1]
+    for status, text in (stopped, again):
+        assert status == 2
+        assert "budget.max_hours allows 1e-06 hours on this hardware, and the 2 proxy" in text
+        assert "causalmix refresh --train --over-budget" in text
+    assert agreed[0] == 0, agreed[1]
+    assert "proxy runs trained: 2" in agreed[1]
 
 
 def test_a_refresh_of_an_unchanged_pool_does_nothing(finished):

@@ -39,6 +39,7 @@ CHECK_NAMES = {
     "enough_documents",
     "held_out",
     "mixtures_sum_to_one",
+    "within_budget",
     "few_diverged",
     "past_the_unigram_regime",
     "above_the_noise_floor",

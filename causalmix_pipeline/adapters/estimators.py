@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.econml_forest import CausalForest
+from causalmix_pipeline.adapters.extra_trees import ExtraTrees
 from causalmix_pipeline.adapters.gp_surface import ResponseSurface
 from causalmix_pipeline.adapters.lightgbm_surface import LightGBMSurface
+from causalmix_pipeline.adapters.log_linear import LogLinear
+from causalmix_pipeline.adapters.stacked_estimator import (
+    StackedEstimator,
+    fit_member,
+    stack_folds,
+    stack_weights,
+)
 from causalmix_pipeline.adapters.structured_ridge import StructuredRidge
 from causalmix_pipeline.core.effects import (
     CrossValidation,
     EffectEstimator,
+    FoldPrediction,
     Gain,
-    cross_validate,
+    assign_folds,
+    predict_fold,
+    score_folds,
 )
 from causalmix_pipeline.core.errors import ConfigError, EstimationError
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.work import InProcess, WorkBackend
 
 #: Every estimator's name, as a config writes it.
 ESTIMATOR_NAMES = (
@@ -30,7 +42,13 @@ ESTIMATOR_NAMES = (
     "causal_forest_log",
     "regmix",
     "lightgbm_state",
+    "extra_trees",
+    "log_linear",
+    "stack",
 )
+
+#: Estimators whose fit searches hyper-parameters for seconds, and keeps them by task.
+SEARCHED = ("response_surface", "response_surface_blind", "log_linear")
 
 
 def make_estimator(name: str, seed: int = 0) -> EffectEstimator:
@@ -55,6 +73,12 @@ def make_estimator(name: str, seed: int = 0) -> EffectEstimator:
         return CausalForest(coordinates="log", seed=seed)
     if name in ("regmix", "lightgbm_state"):
         return LightGBMSurface(with_state=name == "lightgbm_state", seed=seed)
+    if name == "extra_trees":
+        return ExtraTrees(seed=seed)
+    if name == "log_linear":
+        return LogLinear()
+    if name == "stack":
+        return StackedEstimator(lambda member: make_estimator(member, seed), seed=seed)
     raise ConfigError(
         f"estimator must be one of {', '.join(ESTIMATOR_NAMES)}, got {name!r}: choose one of them."
     )
@@ -69,11 +93,14 @@ class EstimatorChoice:
         frame: one row per estimator and task: `estimator`, the columns of `CrossValidation.frame`,
             and `chosen`.
         validations: the out-of-fold predictions per estimator.
+        parameters: what `fit_chosen` can reuse, by estimator: the weights of a stack and, where
+            they were asked for, hyper-parameters searched on all runs.
     """
 
     chosen: dict[str, str]
     frame: pl.DataFrame
     validations: dict[str, CrossValidation]
+    parameters: dict[str, dict] = field(default_factory=dict)
 
     @property
     def interval_factors(self) -> dict[str, float]:
@@ -83,18 +110,30 @@ class EstimatorChoice:
 
 
 def choose_estimator(
-    runs: RunTable, names: Sequence[str] = ESTIMATOR_NAMES, n_folds: int = 5, seed: int = 0
+    runs: RunTable,
+    names: Sequence[str] = ESTIMATOR_NAMES,
+    n_folds: int = 5,
+    seed: int = 0,
+    *,
+    backend: WorkBackend | None = None,
+    search_all: bool = False,
+    needs_interval: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> EstimatorChoice:
     """Choose per task by R2 within unseen pool states, from the runs alone.
 
     Where no state has two mixtures, `r2` over all runs decides. Equal scores go to the name that
-    comes first.
+    comes first. A `stack` is made of all the others that are named, and costs no further fit.
 
     Args:
         runs: the proxy runs.
         names: estimators to compare; those that need covariates fail on runs without.
         n_folds: folds of whole states.
         seed: of the folds and the estimators.
+        backend: where the fits are made; None makes them here.
+        search_all: whether to search hyper-parameters on all runs too, for `parameters`.
+        needs_interval: whether only estimators with standard errors may answer, if one has some.
+        on_progress: called with the number of fits done and of all.
 
     Raises:
         ConfigError: if `names` is empty or has an unknown name.
@@ -104,13 +143,25 @@ def choose_estimator(
         raise ConfigError(
             f"estimators must name at least one of {', '.join(ESTIMATOR_NAMES)}, got none: add one."
         )
-    validations = {
-        name: cross_validate(lambda name=name: make_estimator(name, seed), runs, n_folds, seed)
-        for name in names
-    }
+    names = tuple(dict.fromkeys(names))
+    members = tuple(name for name in names if name != "stack") or names
+    fold_N = assign_folds(runs, n_folds, seed)
+    folds_of, parameters = _fit_all(
+        runs, members, fold_N, seed, backend or InProcess(), search_all, on_progress
+    )
+    if "stack" in names and members != names:
+        kept = {name: parameters[name] for name in members if name in parameters}
+        folds_of["stack"] = [stack_folds(runs, fold_N, folds_of)]
+        whole = {name: score_folds(runs, fold_N, folds_of[name]) for name in members}
+        weights = stack_weights(runs, {name: v.prediction_NT for name, v in whole.items()})
+        parameters["stack"] = {"weights": weights, "members": kept}
+    validations = {name: score_folds(runs, fold_N, folds_of[name]) for name in names}
     chosen = {}
     for t, task in enumerate(runs.tasks):
-        scores = [_score(validations[name], t) for name in names]
+        scores = np.array([_score(validations[name], t) for name in names])
+        known = np.array([_has_interval(validations[name], t) for name in names])
+        if needs_interval and known.any():
+            scores = np.where(known, scores, -np.inf)
         chosen[task] = names[int(np.argmax(scores))]
     frame = pl.concat(
         validation.frame.select(
@@ -120,7 +171,68 @@ def choose_estimator(
         )
         for name, validation in validations.items()
     )
-    return EstimatorChoice(chosen, frame, validations)
+    return EstimatorChoice(chosen, frame, validations, parameters)
+
+
+#: Stands for a fit on all runs, of which the hyper-parameters are kept.
+_WHOLE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """One fit for the choice: an estimator, and the fold that's left out."""
+
+    name: str
+    seed: int
+    runs: RunTable
+    fold_N: np.ndarray
+    fold: int
+
+
+def _fit_one(fit: _Fit) -> FoldPrediction | dict:
+    """Predict the fold, or search hyper-parameters on all runs."""
+
+    def make() -> EffectEstimator:
+        return make_estimator(fit.name, fit.seed)
+
+    if fit.fold == _WHOLE:
+        return make().fit(fit.runs).parameters()
+    return predict_fold(make, fit.runs, fit.fold_N, fit.fold)
+
+
+def _fit_all(
+    runs: RunTable,
+    names: Sequence[str],
+    fold_N: np.ndarray,
+    seed: int,
+    backend: WorkBackend,
+    search_all: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, list[FoldPrediction]], dict[str, dict]]:
+    """Out-of-fold predictions, and hyper-parameters of a search on all runs."""
+    folds = [int(fold) for fold in np.unique(fold_N)]
+    fits = [
+        _Fit(name, seed, runs, fold_N, fold)
+        for name in names
+        for fold in [*([_WHOLE] if search_all and name in SEARCHED else []), *folds]
+    ]
+    results: dict[int, FoldPrediction | dict] = {}
+
+    def on_done(index: int, result: FoldPrediction | dict) -> None:
+        results[index] = result
+        if on_progress is not None:
+            on_progress(len(results), len(fits))
+
+    backend.run(_fit_one, fits, on_done)
+    folds_of: dict[str, list[FoldPrediction]] = {name: [] for name in names}
+    parameters: dict[str, dict] = {}
+    for index, fit in enumerate(fits):
+        result = results[index]
+        if isinstance(result, dict):
+            parameters[fit.name] = result
+        else:
+            folds_of[fit.name].append(result)
+    return folds_of, parameters
 
 
 def fit_chosen(
@@ -184,10 +296,7 @@ class CombinedEstimator:
             columns = [t for t, task in enumerate(runs.tasks) if self.chosen[task] == name]
             tasks = [runs.tasks[t] for t in columns]
             member = make_estimator(name, self.seed)
-            if name in self._known and isinstance(member, ResponseSurface | StructuredRidge):
-                member.fit(runs.select_tasks(tasks), parameters=self._known[name])
-            else:
-                member.fit(runs.select_tasks(tasks))
+            fit_member(member, runs.select_tasks(tasks), self._known.get(name))
             self.task_correlation_TT[np.ix_(columns, columns)] = member.task_correlation_TT
             self.noise_variance_T[columns] = getattr(member, "noise_variance_T", np.nan)
             self._members.append((columns, member))
@@ -200,6 +309,19 @@ class CombinedEstimator:
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
         """Return each task's gain by its own estimator."""
         gains = [m.gain(state_DP, mixture_MD, reference_D) for _, m in self._members]
+        return Gain(
+            self._gather([gain.mean_MT for gain in gains]),
+            self._gather([gain.se_MT for gain in gains]) * self._factor_T,
+        )
+
+    def smooth_gain(
+        self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray
+    ) -> Gain:
+        """Return gains without the stepwise members of a stack: quicker, for a search."""
+        gains = []
+        for _, member in self._members:
+            ask = member.smooth_gain if isinstance(member, StackedEstimator) else member.gain
+            gains.append(ask(state_DP, mixture_MD, reference_D))
         return Gain(
             self._gather([gain.mean_MT for gain in gains]),
             self._gather([gain.se_MT for gain in gains]) * self._factor_T,
@@ -222,3 +344,7 @@ def _score(validation: CrossValidation, t: int) -> float:
     within, overall = row["r2_within"], row["r2"]
     score = overall if np.isnan(within) else within
     return -np.inf if np.isnan(score) else score
+
+
+def _has_interval(validation: CrossValidation, t: int) -> bool:
+    return validation.frame["coverage_90"][t] is not None

@@ -1,6 +1,6 @@
 """The effect model: which estimator answers for which task, and how far to believe it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 import polars as pl
@@ -18,6 +18,7 @@ from causalmix_pipeline.assets.pictures import markdown_table
 from causalmix_pipeline.assets.proxy import records_of
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
 from causalmix_pipeline.core.covariate_choice import choose_covariates
+from causalmix_pipeline.core.power import Experiment, power_table
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.resources.frame_store import VALUES
 from causalmix_pipeline.resources.progress import progress_teller
@@ -38,7 +39,9 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
     value = {
         "chosen": choice.chosen,
         "seed": seed,
-        "parameters": fit_chosen(runs, choice.chosen, seed).parameters()["members"],
+        "parameters": fit_chosen(
+            runs, choice.chosen, seed, parameters=choice.parameters
+        ).parameters()["members"],
         "interval_factors": choice.interval_factors,
         "scores": choice.frame.to_dicts(),
         "run_ids": list(runs.run_ids),
@@ -68,7 +71,7 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
     dagster_type=VALUES,
     group_name="effects",
     kinds={"python"},
-    code_version="1",
+    code_version="2",
     check_specs=[
         dg.AssetCheckSpec(
             "above_the_noise_floor",
@@ -97,8 +100,12 @@ def cate_checks(
     runs, seed = RunTable.from_frame(run_table), cate_model["seed"]
     floor, mixing = noise_floor(runs), confounding(runs, seed=seed)
     trial = placebo(lambda: CombinedEstimator(cate_model["chosen"], seed), runs, seed=seed)
+    cells = len(set(runs.repeat_of_N.tolist()))
+    per_state = project.design_plan.mixtures_per_state
+    seen = power_table(floor, Experiment(cells, per_state, len(runs.domains) - 1))
     value = {
         "noise_floor": floor.to_dicts(),
+        "power": seen,
         "treatment_r2": mixing.r2,
         "placebo": trial.to_dicts(),
     }
@@ -110,10 +117,28 @@ def cate_checks(
             "noise floor": markdown_table(
                 floor.select("task", "mixture_variance", "seed_variance", "ratio").to_dicts()
             ),
+            f"what {cells} runs can tell": markdown_table(power_rows(seen)),
+            "smallest gain found, by runs": markdown_table(
+                [{"task": row["task"], **row["curve"]} for row in seen]
+            ),
             "correlation with outcomes within states": markdown_table(trial.to_dicts()),
         },
         check_results=list(belief_checks(value, project.settings.task_weights)),
     )
+
+
+def power_rows(power: Sequence[Mapping]) -> list[dict]:
+    """The table of `core.power` without its curve, names in words."""
+    names = {
+        "task": "task",
+        "seed_sd": "seed sd",
+        "ratio": "mixtures / seeds",
+        "smallest_gain": "smallest gain",
+        "in_reach": "gain in reach",
+        "detection": "probability to find it",
+        "runs_needed": "runs needed",
+    }
+    return [{word: row[name] for name, word in names.items()} for row in power]
 
 
 def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.AssetCheckResult]:
@@ -177,6 +202,7 @@ def covariate_choice(
         domains=domains,
         covariates=names,
         tasks=eval_tasks["tasks"],
+        directions=project.settings.task_directions,
     )
     wanted = [task for task, weight in project.settings.task_weights.items() if weight > 0]
     tell = progress_teller(context.log.info)

@@ -50,12 +50,14 @@ def signal_rows(
     rows = [
         {
             **row,
-            "nats_per_token": proxy_runs[f"nats_per_token__{row['task']}"].median(),
-            "unigram_nats": eval_tasks["unigram_nats"][row["task"]],
+            "nats_per_token": None
+            if row["task"] not in eval_tasks["unigram_nats"]  # questions have no loss
+            else proxy_runs[f"nats_per_token__{row['task']}"].median(),
+            "unigram_nats": eval_tasks["unigram_nats"].get(row["task"]),
         }
         for row in cate_checks["noise_floor"]
     ]
-    floats = ("mixture_variance", "seed_variance", "ratio")
+    floats = ("mixture_variance", "seed_variance", "ratio", "nats_per_token", "unigram_nats")
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(floats, pl.Float64))
 
 

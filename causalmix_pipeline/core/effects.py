@@ -7,7 +7,7 @@ answers is decided by `cross_validate`, whose folds never split a pool state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -124,17 +124,63 @@ def cross_validate(
         EstimationError: if there are fewer than two folds, or a fit refuses its runs.
     """
     fold_N = assign_folds(runs, n_folds, seed)
-    prediction_NT = np.full(runs.outcome_NT.shape, np.nan)
-    surprise_NT = np.full(runs.outcome_NT.shape, np.nan)
-    name = ""
-    for fold in np.unique(fold_N):
-        estimator = make().fit(runs.subset(fold_N != fold))
-        name = estimator.name
-        for rows, state_DP in _rows_by_state(runs, fold_N == fold):
-            prediction_NT[rows] = estimator.predict(state_DP, runs.mixture_ND[rows])
-            surprise_NT[rows[1:]] = _surprise(estimator, runs, rows, state_DP)
-    frame = _score_table(runs, prediction_NT, surprise_NT)
-    return CrossValidation(name, runs.run_ids, fold_N, prediction_NT, frame)
+    folds = [predict_fold(make, runs, fold_N, fold) for fold in np.unique(fold_N)]
+    return score_folds(runs, fold_N, folds)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldPrediction:
+    """What an estimator says of the runs it was fitted without.
+
+    Attributes:
+        name: the estimator's name.
+        prediction_NT: expected outcomes; nan for runs of other folds; shape (N, T).
+        gain_NT: gains over the first run of the same state; nan for that run and other folds.
+        se_NT: their standard errors; nan where the estimator has none.
+        noise_NT: variance of one run's outcome around its mean; nan where unknown.
+    """
+
+    name: str
+    prediction_NT: np.ndarray
+    gain_NT: np.ndarray
+    se_NT: np.ndarray
+    noise_NT: np.ndarray
+
+
+def predict_fold(
+    make: Callable[[], EffectEstimator], runs: RunTable, fold_N: np.ndarray, fold: int
+) -> FoldPrediction:
+    """Fit on the runs outside a fold, and predict those inside."""
+    estimator = make().fit(runs.subset(fold_N != fold))
+    noise_T = getattr(estimator, "noise_variance_T", np.full(len(runs.tasks), np.nan))
+    prediction_NT, gain_NT, se_NT, noise_NT = np.full((4, *runs.outcome_NT.shape), np.nan)
+    for rows, state_DP in _rows_by_state(runs, fold_N == fold):
+        prediction_NT[rows] = estimator.predict(state_DP, runs.mixture_ND[rows])
+        gain = estimator.gain(state_DP, runs.mixture_ND[rows[1:]], runs.mixture_ND[rows[0]])
+        gain_NT[rows[1:]], se_NT[rows[1:]] = gain.mean_MT, gain.se_MT
+        noise_NT[rows] = noise_T
+    return FoldPrediction(estimator.name, prediction_NT, gain_NT, se_NT, noise_NT)
+
+
+def join_folds(folds: Sequence[FoldPrediction]) -> FoldPrediction:
+    """Put the predictions of all folds together."""
+    names = ("prediction_NT", "gain_NT", "se_NT", "noise_NT")
+    parts = {}
+    for name in names:
+        first, *others = (getattr(fold, name) for fold in folds)
+        parts[name] = first
+        for other in others:
+            parts[name] = np.where(np.isnan(parts[name]), other, parts[name])
+    return FoldPrediction(folds[0].name, **parts)
+
+
+def score_folds(
+    runs: RunTable, fold_N: np.ndarray, folds: Sequence[FoldPrediction]
+) -> CrossValidation:
+    """Score the predictions of all folds; see `CrossValidation`."""
+    joined = join_folds(folds)
+    frame = _score_table(runs, joined.prediction_NT, _surprise(runs, fold_N, joined))
+    return CrossValidation(joined.name, runs.run_ids, fold_N, joined.prediction_NT, frame)
 
 
 def assign_folds(runs: RunTable, n_folds: int, seed: int) -> np.ndarray:
@@ -319,17 +365,17 @@ def _rows_by_state(runs: RunTable, mask_N: np.ndarray) -> list[tuple[np.ndarray,
     return [(rows, runs.state_NDP[rows[0]]) for rows in by_run]
 
 
-def _surprise(
-    estimator: EffectEstimator, runs: RunTable, rows: np.ndarray, state_DP: np.ndarray
-) -> np.ndarray:
+def _surprise(runs: RunTable, fold_N: np.ndarray, joined: FoldPrediction) -> np.ndarray:
     """Errors of gains over the state's first run, in standard errors; nan if there are none.
 
     The standard error adds the seed noise of the two runs to that of the expected gain.
     """
-    gain = estimator.gain(state_DP, runs.mixture_ND[rows[1:]], runs.mixture_ND[rows[0]])
-    noise_T = getattr(estimator, "noise_variance_T", np.full(len(runs.tasks), np.nan))
-    error_MT = runs.outcome_NT[rows[1:]] - runs.outcome_NT[rows[0]] - gain.mean_MT
-    return np.abs(error_MT) / np.sqrt(gain.se_MT**2 + 2 * noise_T)
+    error_NT = np.full(runs.outcome_NT.shape, np.nan)
+    for fold in np.unique(fold_N):
+        for rows, _ in _rows_by_state(runs, fold_N == fold):
+            rise_MT = runs.outcome_NT[rows[1:]] - runs.outcome_NT[rows[0]]
+            error_NT[rows[1:]] = rise_MT - joined.gain_NT[rows[1:]]
+    return np.abs(error_NT) / np.sqrt(joined.se_NT**2 + 2 * joined.noise_NT)
 
 
 def _score_table(

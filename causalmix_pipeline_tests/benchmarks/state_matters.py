@@ -110,6 +110,7 @@ def prepare(
     ranges: StateRanges,
     workers: int,
     extra_plans: Sequence[ScorerPlan] = (),
+    vocab_size: int = 1024,
 ) -> Bench:
     """Read, tokenise and score the experiment pool, and cut the held-out text."""
     spec = PoolSpec(
@@ -121,7 +122,7 @@ def prepare(
         tokenizer = PoolTokenizer.from_dict(json.loads(tokenizer_path.read_text()))
     else:
         sample = survey_pool(replace(spec, noise_seed=None), max_bytes=2**26).sample
-        tokenizer = PoolTokenizer.fit(sample, vocab_size=1024)
+        tokenizer = PoolTokenizer.fit(sample, vocab_size=vocab_size)
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer_path.write_text(json.dumps(tokenizer.to_dict()))
     plans = model_free_plans(tokenizer.scorer(out / "tokenizers"), vocd_budget_tokens=100_000)
