@@ -16,11 +16,10 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.local_backend import engine_name
-from causalmix_pipeline.adapters.pool_files import pool_files
 from causalmix_pipeline.adapters.pretrained_proxy import pretrained_engine_name
 from causalmix_pipeline.adapters.profiler import (
     PoolSpec,
-    pool_batches,
+    document_batches,
     sample_compress_ratio,
     survey_pool,
 )
@@ -180,22 +179,11 @@ def write_token_store(
     name = hashlib.sha256((tokenizer.tokenizer_hash + "\n".join(ids)).encode()).hexdigest()[:32]
     if store.has_tokens(name):
         return name
-    wanted = set(ids)
 
     def encoded() -> Iterator[tuple[list[str], list[np.ndarray]]]:
-        for file in pool_files(spec.location):
-            for batch, _, _ in pool_batches(file, spec):
-                new = batch.filter(pl.col("document_id").is_in(list(wanted))).unique(
-                    "document_id", keep="first", maintain_order=True
-                )
-                found = new["document_id"].to_list()
-                wanted.difference_update(found)
-                yield found, encode_texts(tokenizer.tokenizer_json, new["text"].to_list())
-        if wanted:
-            raise PoolError(
-                f"{spec.location} must be as it was when it was profiled, but lacks "
-                f"{len(wanted)} of {len(ids)} documents: profile it again."
-            )
+        for batch in document_batches(spec, ids):
+            texts = batch["text"].to_list()
+            yield batch["document_id"].to_list(), encode_texts(tokenizer.tokenizer_json, texts)
 
     store.put_tokens(name, encoded(), vocab_size_of(tokenizer.tokenizer_json))
     return name

@@ -20,10 +20,9 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.pool_door import SEPARATOR
-from causalmix_pipeline.adapters.pool_files import pool_files
-from causalmix_pipeline.adapters.profiler import PoolSpec, pool_batches
+from causalmix_pipeline.adapters.profiler import PoolSpec, document_batches
 from causalmix_pipeline.adapters.run_store import RunStore
-from causalmix_pipeline.core.errors import ConfigError, PoolError
+from causalmix_pipeline.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -248,37 +247,26 @@ def write_model_tokens(
     if store.has_tokens(name):
         return name
     tokenizer, vocab_size = load_tokenizer(find_model(model)), describe_model(model).vocab_size
-    wanted, n_empty = set(ids), 0
+    n_empty = 0
 
     def encoded() -> Iterator[tuple[list[str], list[np.ndarray], list[int]]]:
         nonlocal n_empty
-        for file in pool_files(spec.location):
-            for batch, _, _ in pool_batches(file, spec):
-                new = batch.filter(pl.col("document_id").is_in(list(wanted))).unique(
-                    "document_id", keep="first", maintain_order=True
-                )
-                found = new["document_id"].to_list()
-                wanted.difference_update(found)
-                tokens, prompts = encode_documents(
-                    tokenizer,
-                    new["text"].to_list(),
-                    new["prompt_chars"].to_list(),
-                    is_chat=is_chat,
-                )
-                n_empty += sum(not len(each) for each in tokens)
-                highest = max((int(each.max()) for each in tokens if len(each)), default=0)
-                if highest >= vocab_size:
-                    raise ConfigError(
-                        f"proxy.pretrained must have an embedding for each token, got token "
-                        f"{highest} and {vocab_size} embeddings in {model}. Give the model with "
-                        "its own tokenizer."
-                    )
-                yield found, tokens, prompts
-        if wanted:
-            raise PoolError(
-                f"{spec.location} must be as it was when it was profiled, but lacks "
-                f"{len(wanted)} of {len(ids)} documents: profile it again."
+        for batch in document_batches(spec, ids):
+            tokens, prompts = encode_documents(
+                tokenizer,
+                batch["text"].to_list(),
+                batch["prompt_chars"].to_list(),
+                is_chat=is_chat,
             )
+            n_empty += sum(not len(each) for each in tokens)
+            highest = max((int(each.max()) for each in tokens if len(each)), default=0)
+            if highest >= vocab_size:
+                raise ConfigError(
+                    f"proxy.pretrained must have an embedding for each token, got token "
+                    f"{highest} and {vocab_size} embeddings in {model}. Give the model with "
+                    "its own tokenizer."
+                )
+            yield batch["document_id"].to_list(), tokens, prompts
 
     store.put_tokens(name, encoded(), len(tokenizer))
     if n_empty:

@@ -696,3 +696,24 @@ def _near_duplicate_column(documents: pl.DataFrame, signatures: pl.DataFrame) ->
         found = signatures[rows]
         flags[rows] = flag_near_duplicates(*signature_arrays(found["bands"], found["sketch"]))
     return pl.DataFrame({"near_duplicate": flags})
+
+
+def document_batches(spec: PoolSpec, document_ids: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Read documents of a pool again, each once; frames as the reader makes them.
+
+    Raises:
+        PoolError: at the end, if the pool's files lack one.
+    """
+    wanted = set(document_ids)
+    for file in pool_files(spec.location):
+        for batch, _, _ in pool_batches(file, spec):
+            new = batch.filter(pl.col("document_id").is_in(list(wanted))).unique(
+                "document_id", keep="first", maintain_order=True
+            )
+            wanted.difference_update(new["document_id"].to_list())
+            yield new
+    if wanted:
+        raise PoolError(
+            f"{spec.location} must be as it was when it was profiled, but lacks "
+            f"{len(wanted)} of {len(document_ids)} documents: profile it again."
+        )

@@ -11,9 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 #: Columns of each frame of `ReportData`.
 FRAME_COLUMNS = {
@@ -140,17 +143,22 @@ class ReportData:
             assert not missing, f"ReportData.{name} lacks {missing}"
 
 
-def render_report(data: ReportData) -> str:
-    """The report as the text of one HTML file."""
+def template_environment() -> Environment:
+    """Where pages are made from their templates; values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("causalmix_pipeline.adapters", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render_report(data: ReportData) -> str:
+    """The report as the text of one HTML file."""
+    environment = template_environment()
     environment.filters.update(
         share=_share_text, number=_number_text, signed=_signed_text, tokens=_tokens_text
     )

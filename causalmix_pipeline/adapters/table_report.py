@@ -17,6 +17,7 @@ from causalmix_pipeline.adapters.report_html import (
     _number_text,
     _share_text,
     _signed_text,
+    template_environment,
 )
 
 #: Covariates that are listed; the others move the gain less.
@@ -85,15 +86,7 @@ class TableReport:
 
 def render_table_report(report: TableReport) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("causalmix_pipeline.adapters", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment()
     environment.filters.update(share=_share_text, number=_number_text, signed=_signed_text)
     view = {
         "report": report,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.core.proxy import learning_rate_at
+from causalmix_pipeline.core.proxy import Recipe, learning_rate_at
 
 #: Longest held-out window, in predicted tokens: longer ones would make the tasks' text too short.
 MAX_EVAL_LENGTH = 1024
@@ -24,7 +22,7 @@ def _dial(default: Any, description: str) -> Any:
 
 
 @dataclass(frozen=True)
-class PretrainedConfig:
+class PretrainedConfig(Recipe):
     """A pretrained model and the recipe it is fine-tuned by.
 
     Every field is described in its metadata; `describe` returns them.
@@ -74,36 +72,7 @@ class PretrainedConfig:
             f">= sequence_length ({self.sequence_length})",
             "The run would read less than one sequence: raise it, or samples",
         )
-        for name in ("learning_rate", "grad_clip", "lora_alpha"):
-            value = getattr(self, name)
-            self._require(
-                name, math.isfinite(value) and value > 0, "finite and > 0", "Start from its default"
-            )
-        self._require(
-            "weight_decay",
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "finite and >= 0",
-            "Write 0 for no decay",
-        )
-        self._require(
-            "warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)", "Write 0 for no warm-up"
-        )
-        self._require(
-            "final_lr_share", 0 <= self.final_lr_share <= 1, "in [0, 1]", "Write 1 for no cosine"
-        )
-        self._require(
-            "betas",
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "two numbers in [0, 1)",
-            "Write (0.9, 0.95), the default",
-        )
-        self._require("init_seed", self.init_seed >= 0, ">= 0", "Give a whole number from 0 up")
-
-    def _require(self, name: str, holds: bool, rule: str, way_out: str) -> None:
-        """Raise the error of a field that breaks its rule."""
-        if not holds:
-            value = getattr(self, name)
-            raise ConfigError(f"proxy.{name} must be {rule}, got {value!r}. {way_out}.")
+        self._check_recipe("learning_rate", "grad_clip", "lora_alpha")
 
     @property
     def eval_length(self) -> int:

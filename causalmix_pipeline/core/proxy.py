@@ -43,8 +43,51 @@ def learning_rate_at(
     return peak * (final_share + (1 - final_share) * cosine)
 
 
+class Recipe:
+    """Rules of the fields that every way of training has; a mixin of frozen dataclasses."""
+
+    weight_decay: float
+    warmup_share: float
+    final_lr_share: float
+    betas: tuple[float, float]
+    init_seed: int
+
+    def _check_recipe(self, *positive: str) -> None:
+        """Check the common fields, and that the named ones are positive."""
+        for name in positive:
+            value = getattr(self, name)
+            self._require(
+                name, math.isfinite(value) and value > 0, "finite and > 0", "Start from its default"
+            )
+        self._require(
+            "weight_decay",
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            "finite and >= 0",
+            "Write 0 for no decay",
+        )
+        self._require(
+            "warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)", "Write 0 for no warm-up"
+        )
+        self._require(
+            "final_lr_share", 0 <= self.final_lr_share <= 1, "in [0, 1]", "Write 1 for no cosine"
+        )
+        self._require(
+            "betas",
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "two numbers in [0, 1)",
+            "Write (0.9, 0.95), the default",
+        )
+        self._require("init_seed", self.init_seed >= 0, ">= 0", "Give a whole number from 0 up")
+
+    def _require(self, name: str, holds: bool, rule: str, way_out: str) -> None:
+        """Raise the error of a field that breaks its rule."""
+        if not holds:
+            value = getattr(self, name)
+            raise ConfigError(f"proxy.{name} must be {rule}, got {value!r}. {way_out}.")
+
+
 @dataclass(frozen=True)
-class ProxyConfig:
+class ProxyConfig(Recipe):
     """The shape of a proxy model and the recipe it is trained by.
 
     Every field is described in its metadata; `describe` returns them.
@@ -84,42 +127,13 @@ class ProxyConfig:
             f"a multiple of 2 x heads ({2 * self.heads})",
             "Rotary positions turn pairs of dimensions of each head: change hidden or heads",
         )
-        for name in ("learning_rate", "init_std", "grad_clip"):
-            value = getattr(self, name)
-            self._require(
-                name, math.isfinite(value) and value > 0, "finite and > 0", "Start from its default"
-            )
+        self._check_recipe("learning_rate", "init_std", "grad_clip")
         self._require(
             "rope_theta",
             math.isfinite(self.rope_theta) and self.rope_theta > 1,
             "finite and > 1",
             "Start from its default",
         )
-        self._require(
-            "weight_decay",
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "finite and >= 0",
-            "Write 0 for no decay",
-        )
-        self._require(
-            "warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)", "Write 0 for no warm-up"
-        )
-        self._require(
-            "final_lr_share", 0 <= self.final_lr_share <= 1, "in [0, 1]", "Write 1 for no cosine"
-        )
-        self._require(
-            "betas",
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "two numbers in [0, 1)",
-            "Write (0.9, 0.95), the default",
-        )
-        self._require("init_seed", self.init_seed >= 0, ">= 0", "Give a whole number from 0 up")
-
-    def _require(self, name: str, holds: bool, rule: str, way_out: str) -> None:
-        """Raise the error of a field that breaks its rule."""
-        if not holds:
-            value = getattr(self, name)
-            raise ConfigError(f"proxy.{name} must be {rule}, got {value!r}. {way_out}.")
 
     @property
     def intermediate(self) -> int:
