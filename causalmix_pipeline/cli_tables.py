@@ -139,10 +139,11 @@ def explain(
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
 ) -> None:
     """Write a page that shows effects, estimators, predictions and checks."""
-    from causalmix_pipeline import tables
-    from causalmix_pipeline.adapters.run_store import write_atomically
+    from causalmix_pipeline import explained
+    from causalmix_pipeline.adapters.blobs import write_atomically
+    from causalmix_pipeline.tables import Model
 
-    page = tables.explain(tables.Model.load(model))
+    page = explained.explain(Model.load(model))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode("utf-8"))
     _console().print(f"Page: {escape(str(out))}")

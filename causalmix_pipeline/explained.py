@@ -3,7 +3,7 @@
 import numpy as np
 
 from causalmix_pipeline.adapters.estimators import SEARCHED, CombinedEstimator
-from causalmix_pipeline.adapters.table_report import Curve, TableReport
+from causalmix_pipeline.adapters.table_report import Curve, TableReport, render_table_report
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, placebo
 from causalmix_pipeline.core.effects import Z90
 from causalmix_pipeline.core.policy import Constraints, weighted_gain
@@ -13,7 +13,12 @@ from causalmix_pipeline.tables import Model, best_mixture
 N_POINTS, N_STATES = 25, 16
 
 
-def explained(model: Model) -> TableReport:
+def explain(model: Model) -> str:
+    """The model as one HTML page: estimators, effects, predictions, covariates, checks."""
+    return render_table_report(table_report(model))
+
+
+def table_report(model: Model) -> TableReport:
     """Compute all parts of the page, for the mean of the runs' pool states."""
     runs = model.runs
     equal_D = np.full(len(runs.domains), 1 / len(runs.domains))

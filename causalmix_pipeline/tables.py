@@ -3,7 +3,6 @@
     model = fit(ratios, metrics, covariates)
     predict(model, ratios, covariates)
     recommend(model, pools)
-    explain(model)
 
 Gains are weighted means over metrics in the metrics' own units, so metrics should have like units.
 """
@@ -150,7 +149,7 @@ class Model:
             "notes": list(self.notes),
         }
         value["digest"] = content_digest(value)
-        from causalmix_pipeline.adapters.run_store import write_atomically
+        from causalmix_pipeline.adapters.blobs import write_atomically
 
         text = json.dumps(value, indent=1, ensure_ascii=False)
         write_atomically(folder / "model.json", text.encode())
@@ -686,14 +685,3 @@ def _number(value: Any, field: str, most: float = math.inf) -> float:
     if not math.isfinite(value):
         raise ConfigError(f"{field} must be a finite number, got {value!r}.")
     return float(value)
-
-
-# ---------------------------------------------------------------------------- explain
-
-
-def explain(model: Model) -> str:
-    """The model as one HTML page: estimators, effects, predictions, covariates, checks."""
-    from causalmix_pipeline.adapters.table_report import render_table_report
-    from causalmix_pipeline.explained import explained
-
-    return render_table_report(explained(model))

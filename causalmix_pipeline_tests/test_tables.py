@@ -10,7 +10,8 @@ from causalmix_pipeline.core.effects import Z90
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError, EstimationError
 from causalmix_pipeline.core.mixture import kl_divergence
 from causalmix_pipeline.core.policy import weighted_gain
-from causalmix_pipeline.tables import Model, explain, fit, predict, recommend
+from causalmix_pipeline.explained import explain
+from causalmix_pipeline.tables import Model, fit, predict, recommend
 
 POOL = SyntheticPool.draw(3, 2, 2, seed=1)
 RUNS = POOL.run_table(16, 4, noise=0.1, n_repeats=3, seed=4)
