@@ -224,8 +224,8 @@ def print_power(out: Console, power: Sequence, experiment, price_of_pilot) -> No
             "seed sd: of equal runs with other seeds. signal: variance between mixtures over that "
             "of seeds. in reach: gain of the best mixture as far from the reference as the "
             "design's are from their mean. N runs: smallest gain that they see (80% power, 5% "
-            "level). seen by: chance to see what is in reach. needed: runs for a chance of 80%. All "
-            "against seed noise alone: effects that differ by pool state need several times more.\n"
+            "level). seen by: chance to see what is in reach. needed: runs for a chance of 80%. "
+            "Against seed noise alone: effects that differ by pool state need several times more.\n"
             f"From {power[0]['seed_df']} repeated runs: the true seed sd is {low:.1f} to "
             f"{high:.1f} times that (90% interval)."
         )
