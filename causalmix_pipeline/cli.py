@@ -488,7 +488,9 @@ def check_disk(folder: Path) -> Finding:
 
 def check_cores() -> Finding:
     """How many processes can train."""
-    cores = os.cpu_count() or 1
+    from causalmix_pipeline.adapters.local_workers import n_cores
+
+    cores = n_cores()
     return Finding("cores", "ok" if cores >= 2 else "warning", f"{cores}; one proxy process each")
 
 

@@ -40,9 +40,11 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder to write the model into.")],
     covariates: CovariatesOption = None,
     minimize: Annotated[
-        str | None, typer.Option(help="Metrics a,b that are losses; all are, unless maximized.")
+        str | None, typer.Option(help="Metrics a,b that are losses; alone, all others are scores.")
     ] = None,
-    maximize: Annotated[str | None, typer.Option(help="Metrics a,b where more is better.")] = None,
+    maximize: Annotated[
+        str | None, typer.Option(help="Metrics a,b where more is better; all others are losses.")
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -265,7 +267,8 @@ def _recommendation_table(frame, domains, limit: int = 20) -> Table:
         name, *shares, gain, low, high, verdict = row
         bounds = "unknown" if low is None else f"{low:+.4g} to {high:+.4g}"
         table.add_row(
-            escape(name), *(f"{100 * s:.1f}%" for s in shares), f"{gain:+.4g}", bounds,
+            escape(name), *(f"{100 * s:.1f}%" for s in shares),
+            "-" if gain is None else f"{gain:+.4g}", bounds,
             f"[{VERDICT_COLOURS[verdict]}]{verdict}[/]",
         )  # fmt: skip
     if frame.height > limit:

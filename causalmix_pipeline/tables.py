@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,12 +34,13 @@ from causalmix_pipeline.adapters.run_tables import (
     open_table,
     read_mixtures,
     read_states,
+    shared_key,
 )
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value, write_value
 from causalmix_pipeline.core.belief import confounding, noise_floor, overlap
-from causalmix_pipeline.core.effects import Z90
+from causalmix_pipeline.core.effects import MINIMUM_RUNS, Z90, assign_folds
 from causalmix_pipeline.core.errors import ConfigError, EstimationError, PoolError
-from causalmix_pipeline.core.mixture import dirichlet_design
+from causalmix_pipeline.core.mixture import dirichlet_design, project_to_box
 from causalmix_pipeline.core.policy import POLICIES, Constraints, weighted_gain
 from causalmix_pipeline.core.policy import recommend as apply_policy
 from causalmix_pipeline.core.runs import RunTable
@@ -67,6 +69,9 @@ EXTRAPOLATING_RADIUS = 0.5
 #: domain, if there are more), rounds; and how many of the best are compared by a stack's stepwise
 #: members too.
 N_CANDIDATES, N_STARTS, N_STEPS, N_ROUNDS, N_FINAL = 384, 8, 8, 10, 48
+
+#: Folds of whole pool states, as `choose_estimator` makes them.
+N_FOLDS = 5
 
 #: Runs up to which processes take longer to start than the fits.
 FEW_RUNS = 96
@@ -235,8 +240,8 @@ def fit(
         ratios: a row per run: `run` and a share for each domain.
         metrics: a row per run: `run` and a value for each metric; a missing value is refused.
         covariates: a row per run: `run` and `<domain>__<covariate>`; without, all pools are alike.
-        minimize: metrics that are losses; all are that `maximize` doesn't name.
-        maximize: metrics where more is better.
+        minimize: metrics that are losses; alone, the others are scores.
+        maximize: metrics where more is better; all others are losses.
         weights: of metrics in the gain, scaled to sum 1; one that isn't named counts 0. None counts
             all alike.
         estimator: a name, or `auto`, which chooses per metric by cross-validation in which no pool
@@ -256,12 +261,14 @@ def fit(
         maximize=maximize or (),
     )
     runs = imported.runs
+    _check_folds(runs, seed)
     weights_T = _weights(runs.tasks, weights)
     names = _candidates(estimator, runs)
     choice = choose_estimator(
         runs,
         names,
-        seed=seed,
+        N_FOLDS,
+        seed,
         backend=LocalWorkers() if runs.n_runs > FEW_RUNS else InProcess(),
         search_all=True,
         needs_interval=True,
@@ -294,6 +301,17 @@ def fit(
     )
     model.__dict__["estimator"] = fitted
     return model
+
+
+def _check_folds(runs: RunTable, seed: int) -> None:
+    """Refuse tables from which too few runs are left to fit on when a fold is left out."""
+    fold_N = assign_folds(runs, N_FOLDS, seed)
+    least = runs.n_runs - int(np.bincount(fold_N).max())
+    if least < MINIMUM_RUNS:
+        raise EstimationError(
+            f"the tables have {runs.n_runs} runs; without the largest fold of whole pool states "
+            f"only {least} are left to fit on, and {MINIMUM_RUNS} are needed: add runs."
+        )
 
 
 def _candidates(estimator: str, runs: RunTable) -> tuple[str, ...]:
@@ -347,18 +365,19 @@ def predict(
     """
     runs = model.runs
     table = open_table(ratios, "ratios")
-    ids, mixture_MD = read_mixtures(table, runs.domains)
+    known = open_table(covariates, "covariates") if covariates is not None else None
+    key = shared_key([table] if known is None or not runs.covariates else [table, known])
+    ids, mixture_MD = read_mixtures(table, runs.domains, key=key)
     state_MDP = np.empty((len(ids), len(runs.domains), 0))
     if runs.covariates:
-        if covariates is None:
+        if known is None:
             raise EstimationError(
                 "the model was fitted with covariates "
                 f"({', '.join(runs.covariates)} of each domain), so predictions need them, got "
                 "none: "
                 "pass the covariates of these runs."
             )
-        known = open_table(covariates, "covariates")
-        state_ids, state_SDP, _ = read_states(known, runs.domains, runs.covariates)
+        state_ids, state_SDP, _ = read_states(known, runs.domains, runs.covariates, key=key)
         row_of = {name: row for row, name in enumerate(state_ids)}
         lacking = [name for name in ids if name not in row_of]
         if lacking:
@@ -406,8 +425,9 @@ def recommend(
 
     Returns:
         A row per pool: `pool`, a share for each domain, `gain`, `gain_lower`, `gain_upper` (a 90%
-        interval; null where none can be told), `verdict`. An `unsupported` pool gets the reference
-        and no gain; for an `extrapolating` one half the trust radius is left.
+        interval; null where none can be told), `verdict`. An `unsupported` pool gets the reference,
+        or the nearest mixture that is allowed, and no gain; for an `extrapolating` one half the
+        trust radius is left.
 
     Raises:
         ConfigError: for options that can't be met.
@@ -459,7 +479,11 @@ class _Wanted:
         if runs.covariates:
             verdict = overlap(state_DP, runs.distinct_states()[1]).verdict
         if verdict == "unsupported":
-            return (*constraints.reference_D.tolist(), 0.0, None, None, verdict)
+            lower_D, upper_D = constraints.box(runs.domains)
+            kept_D = project_to_box(constraints.reference_D, lower_D, upper_D)
+            moved = bool(np.abs(kept_D - constraints.reference_D).max() > 1e-9)
+            mixture_D = kept_D if moved else constraints.reference_D
+            return (*mixture_D.tolist(), None if moved else 0.0, None, None, verdict)
         if verdict == "extrapolating" and constraints.trust_radius is not None:
             radius = constraints.trust_radius * EXTRAPOLATING_RADIUS
             constraints = replace(constraints, trust_radius=radius)
@@ -616,7 +640,11 @@ def _constraints(
     for domain, share in frozen.items():
         d = list(domains).index(domain)
         lower_D[d] = upper_D[d] = _number(share, f"constraints: frozen: {domain}", most=1.0)
+    if tokens_D is not None:  # a domain without text can't be trained on
+        upper_D = np.where(np.asarray(tokens_D) > 0, upper_D, 0.0)
     budget = rules.get("budget_tokens")
+    if budget is not None and not _number(budget, "constraints: budget_tokens") > 0:
+        raise ConfigError(f"constraints: budget_tokens must be above 0, got {budget!r}.")
     if budget is not None and tokens_D is None:
         raise ConfigError(
             "constraints: budget_tokens needs the tokens of each domain, got none: add columns "
@@ -679,6 +707,9 @@ def _read_mapping(
 
 
 def _number(value: Any, field: str, most: float = math.inf) -> float:
+    if isinstance(value, str):  # YAML reads 1e9 as text
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         limit = f" and {most:g}" if math.isfinite(most) else " and finite"
         raise ConfigError(f"{field} must be a number between 0{limit}, got {value!r}.")

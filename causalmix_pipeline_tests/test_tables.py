@@ -184,6 +184,73 @@ def test_a_pool_out_of_reach_keeps_the_reference(model):
     assert row["verdict"] == "unsupported"
 
 
+def test_a_pool_out_of_reach_still_keeps_to_the_constraints(model):
+    far = pl.DataFrame({"pool": ["far"], **state_columns(STATES[:1] + 30)})
+
+    row = recommend(model, far, constraints={"frozen": {"domain_1": 0.05}}).row(0, named=True)
+
+    assert row["domain_1"] == pytest.approx(0.05)
+    assert row["domain_0"] == pytest.approx(row["domain_2"])
+    assert (row["gain"], row["verdict"]) == (None, "unsupported")
+
+
+def test_a_domain_without_text_gets_no_share(model):
+    empty = TOKENS.with_columns(pl.lit(0.0).alias("domain_1__tokens"))
+
+    found = recommend(model, empty, reference="natural")
+
+    assert found["domain_1"].to_list() == [0.0] * 5
+    with pytest.raises(ConfigError, match="budget_tokens must be above 0"):
+        recommend(model, TOKENS, constraints={"budget_tokens": 0})
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(model, tmp_path):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("budget_tokens: 1e6\nmax_epochs: 1\n")
+
+    found = recommend(model, TOKENS, constraints=rules)
+
+    assert (found["domain_0"] <= 1 + 1e-9).all()
+    assert recommend(model, TOKENS, constraints={"budget_tokens": 1e6, "max_epochs": 1}).equals(
+        found
+    )
+
+
+def test_metrics_named_as_losses_leave_the_others_as_scores():
+    minimised = fit(RATIOS, METRICS, COVARIATES, minimize=["loss"], estimator="structured_ridge")
+
+    assert minimised.sign_T.tolist() == [-1.0, 1.0]
+
+
+def test_a_few_repeated_seeds_do_not_decide_which_estimator_answers():
+    """One state a run but for four repeats: R2 over all runs decides, not that of the repeats."""
+    runs = POOL.run_table(60, 1, noise=0.1, n_repeats=2, seed=9)
+    ratios = pl.DataFrame(
+        {"run": runs.run_ids, **{d: runs.mixture_ND[:, i] for i, d in enumerate(DOMAINS)}}
+    )
+    metrics = pl.DataFrame({"run": runs.run_ids, "score": runs.outcome_NT[:, 1]})
+    covariates = pl.DataFrame({"run": runs.run_ids, **state_columns(runs.state_NDP)})
+
+    found = fit(ratios, metrics, covariates, maximize=["score"])
+
+    best = found.scores.filter(pl.col("coverage_90").is_not_null()).sort("r2")["estimator"][-1]
+    assert found.chosen["score"] == best or found.chosen["score"] == "stack"
+    chosen = found.scores.filter("chosen")["r2"][0]
+    assert chosen >= found.scores.filter(estimator="structured_ridge")["r2"][0] - 1e-9
+
+
+def test_too_few_runs_for_a_fold_are_told_before_anything_is_fitted():
+    few = RATIOS.head(14)
+
+    with pytest.raises(EstimationError, match="the tables have 14 runs; without the largest fold"):
+        fit(few, METRICS.head(14), maximize=["score"])
+
+
+def test_a_domain_named_like_a_result_is_refused():
+    with pytest.raises(EstimationError, match="column 'gain' is also a column"):
+        fit(RATIOS.rename({"domain_0": "gain"}), METRICS, maximize=["score"])
+
+
 def test_a_pool_nearly_out_of_reach_gets_half_the_trust_radius(model):
     states = [STATES[0] * scale for scale in np.linspace(1, 8, 60)]
     pools = pl.DataFrame({"pool": list(map(str, range(60))), **state_columns(states)})

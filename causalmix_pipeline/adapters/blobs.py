@@ -140,8 +140,8 @@ class LocalBlobs:
         (self.root / name).replace(self.root / new_name)
 
     def remove(self, name: str) -> None:
-        """Remove a file."""
-        (self.root / name).unlink()
+        """Remove a file, unless another process did."""
+        (self.root / name).unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
         """Names of all files below a folder, but for unfinished ones."""

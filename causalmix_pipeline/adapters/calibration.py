@@ -7,19 +7,21 @@ Its records go into a folder of their own.
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import platform
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from causalmix_pipeline.adapters.local_backend import LocalBackend
+from causalmix_pipeline.adapters.local_workers import n_cores
 from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
 from causalmix_pipeline.adapters.tokenizer import TokenStore
 from causalmix_pipeline.core.pretrained import PretrainedConfig
@@ -97,9 +99,9 @@ def calibrate(
         rate = CORE_FLOPS if backend.device == "cpu" else GPU_FLOPS
         guess = runs_per_stack * flops / config.steps / rate
         steps = min(config.steps, max(10, math.ceil(WAVE_SECONDS / guess)))
-    trial = _Trial(specs, n_workers, runs_per_stack, [1, 1, steps, steps])
-    shutil.rmtree(folder, ignore_errors=True)
-    store = CalibrationStore(folder, source=backend.store)
+    trial = _Trial(specs, n_workers, runs_per_stack, [1, 1, steps, steps, steps])
+    # A worker on another machine has a folder of its own, which nobody empties.
+    store = CalibrationStore(folder / uuid.uuid4().hex, source=backend.store)
     try:
         return trial.run(replace(backend, store=store))
     finally:
@@ -150,10 +152,11 @@ class _Trial:
 
         backend.train([spec for wave in self.waves for spec in wave], on_done)
         ends = [float(np.mean(times)) for times in came]
-        first, second, third, fourth = ends
+        first, second, third, fourth, fifth = ends
         task = max(second - first, 0.0)
-        # Another program's work may fall into one of the two waves: the faster one counts.
-        stack = min(third - second, fourth - third)
+        # The third wave starts its workers anew. Another program's work may fall into one of the
+        # two after it: the faster one counts.
+        stack = min(fourth - third, fifth - fourth)
         step = max(stack - task, 0.0) / max(self.steps[-1] - 1, 1)
         how = f"measured by a trial of {self.steps[-1]} steps in all workers at once"
         own = self._own_share(long) if backend.device == "cpu" else 1.0
@@ -166,7 +169,7 @@ class _Trial:
             start_seconds=own * max(first - task, 0.0),
             task_seconds=own * task,
             step_seconds=own * step,
-            record_bytes=self._record_bytes(backend.store),
+            record_bytes=_record_bytes(long[-1]),
             how=how,
         )
 
@@ -179,11 +182,10 @@ class _Trial:
         ]
         return min(1.0, float(np.mean(shares))) if shares else 1.0
 
-    def _record_bytes(self, store: RunStore) -> int:
-        path = store.path_of(self.waves[-1][0].key)
-        assert isinstance(path, Path)
-        # A file takes whole blocks of the disk.
-        return 4096 * math.ceil(path.stat().st_size / 4096)
+
+def _record_bytes(record: ProxyRecord) -> int:
+    """Bytes of a record's file, which takes whole blocks of the disk."""
+    return 4096 * math.ceil(len(json.dumps(asdict(record), indent=1)) / 4096)
 
 
 def shortened(config: ProxyConfig | PretrainedConfig, steps: int) -> ProxyConfig | PretrainedConfig:
@@ -216,7 +218,7 @@ def matrix_rate(device: str, *, bf16: bool) -> float:
 
 def machine(device: str) -> dict[str, Any]:
     """What of this machine decides how fast it trains."""
-    found: dict[str, Any] = {"cores": os.cpu_count(), "cpu": _cpu_model(), "device": device}
+    found: dict[str, Any] = {"cores": n_cores(), "cpu": _cpu_model(), "device": device}
     if device.startswith("cuda"):
         import torch
 

@@ -26,6 +26,8 @@ from causalmix_pipeline.core.effects import (
     FoldPrediction,
     Gain,
     assign_folds,
+    has_contrasts,
+    join_folds,
     predict_fold,
     score_folds,
 )
@@ -122,8 +124,9 @@ def choose_estimator(
 ) -> EstimatorChoice:
     """Choose per task by R2 within unseen pool states, from the runs alone.
 
-    Where no state has two mixtures, `r2` over all runs decides. Equal scores go to the name that
-    comes first. A `stack` is made of all the others that are named, and costs no further fit.
+    Where few runs have a partner in their state, `r2` over all runs decides. Equal scores go to
+    the name that comes first. A `stack` is made of all the others that are named, and costs no
+    further fit.
 
     Args:
         runs: the proxy runs.
@@ -156,10 +159,12 @@ def choose_estimator(
         weights = stack_weights(runs, {name: v.prediction_NT for name, v in whole.items()})
         parameters["stack"] = {"weights": weights, "members": kept}
     validations = {name: score_folds(runs, fold_N, folds_of[name]) for name in names}
-    chosen = {}
+    chosen, within = {}, has_contrasts(runs)
     for t, task in enumerate(runs.tasks):
-        scores = np.array([_score(validations[name], t) for name in names])
-        known = np.array([_has_interval(validations[name], t) for name in names])
+        scores = np.array([_score(validations[name], t, within=within) for name in names])
+        known = np.array(
+            [np.isfinite(join_folds(folds_of[name]).noise_NT[:, t]).any() for name in names]
+        )
         if needs_interval and known.any():
             scores = np.where(known, scores, -np.inf)
         chosen[task] = names[int(np.argmax(scores))]
@@ -339,12 +344,7 @@ class CombinedEstimator:
         return np.hstack(parts)[:, order]
 
 
-def _score(validation: CrossValidation, t: int) -> float:
+def _score(validation: CrossValidation, t: int, *, within: bool) -> float:
     row = validation.frame.row(t, named=True)
-    within, overall = row["r2_within"], row["r2"]
-    score = overall if np.isnan(within) else within
+    score = row["r2_within"] if within and not np.isnan(row["r2_within"]) else row["r2"]
     return -np.inf if np.isnan(score) else score
-
-
-def _has_interval(validation: CrossValidation, t: int) -> bool:
-    return validation.frame["coverage_90"][t] is not None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from causalmix_pipeline.adapters.model_tokens import find_model, load_tokenizer
+from causalmix_pipeline.adapters.task_scores import context_of
 from causalmix_pipeline.core.errors import ConfigError, ProxyError
 from causalmix_pipeline.core.tasks import HarnessTask
 
@@ -53,7 +54,7 @@ def score_harness(
                 "pretrained": model,
                 "tokenizer": load_tokenizer(find_model(tokenizer)),
                 "batch_size": batch_size,
-                "max_length": int(model.config.max_position_embeddings),
+                "max_length": context_of(model),
             }
             language_model = HFLM(**arguments)
             return {name: _score(language_model, name, task) for name, task in tasks.items()}

@@ -7,7 +7,6 @@ computed with the same tensor shapes and gives the same bits whatever it is stac
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from causalmix_pipeline.adapters.local_workers import LocalWorkers
+from causalmix_pipeline.adapters.local_workers import LocalWorkers, free_memory, n_cores
 from causalmix_pipeline.adapters.run_store import RunStore, bits_per_byte
 from causalmix_pipeline.adapters.tokenizer import cut_windows
 from causalmix_pipeline.core.errors import DiskFullError, ProxyError, WorkError
@@ -79,7 +78,7 @@ class LocalBackend:
         study = _Study(self.store, on_done, on_failed, on_started)
         try:
             self._run(study, self._stacks(self.store.missing(specs)))
-            self._run(study, [[spec] for spec in study.again])
+            self._run(study, [[spec] for spec in study.again], alone=True)
         except WorkError as error:
             raise ProxyError(
                 f"proxy runs stopped: {error} Finished runs are kept: start again to go on."
@@ -98,13 +97,15 @@ class LocalBackend:
             return self.models_per_stack
         return min(n_runs, _measured_stack_size(self._crew, config, self.device))
 
-    def _run(self, study: _Study, stacks: Sequence[Sequence[ProxySpec]]) -> None:
+    def _run(
+        self, study: _Study, stacks: Sequence[Sequence[ProxySpec]], *, alone: bool = False
+    ) -> None:
         n_runs = Counter(spec.config for stack in stacks for spec in stack)
         for config, n in n_runs.items():
             self._run_alike(
                 study,
                 [stack for stack in stacks if stack[0].config == config],
-                self.stack_size(config, n),
+                1 if alone else self.stack_size(config, n),
             )
 
     def _run_alike(
@@ -154,8 +155,7 @@ def _fastest_here(config: ProxyConfig, device: str) -> int:
     if device.startswith("cuda"):
         n_bytes = torch.cuda.mem_get_info()[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        n_bytes = free // (os.cpu_count() or 1)
+        n_bytes = free_memory() // n_cores()
     return fastest_stack_size(config, device=device, n_bytes=n_bytes)
 
 

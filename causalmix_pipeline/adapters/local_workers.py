@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 from causalmix_pipeline.core.errors import ConfigError, WorkError
@@ -51,6 +52,23 @@ os.environ.update(variables)
 from causalmix_pipeline.adapters.local_workers import serve
 serve(handle, parent)
 """
+
+
+def n_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that may be taken without swapping; half of all where the system doesn't say."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class _Crew:
         self.max_retries = settings.max_retries
         self.on_started, self.goes_on = on_started, goes_on
         gpus = settings.gpus
-        n_workers = settings.n_workers or len(gpus) or os.cpu_count() or 1
+        n_workers = settings.n_workers or len(gpus) or n_cores()
         self.size = min(n_workers, len(tasks), *([len(gpus)] if gpus else []))
         self.free_gpus = deque(gpus)
         self.waiting = deque(range(len(tasks)))

@@ -27,7 +27,7 @@ from causalmix_pipeline.core.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 #: Raise when a document would be encoded otherwise, so that kept tokens aren't mixed with new ones.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 #: Files of a model folder that its outcomes depend on.
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 #: What is fetched of a model on a hub.
@@ -116,6 +116,8 @@ def _fetch(model: str) -> Path:
     try:
         try:
             found = snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True)
+            if not any(Path(found).glob("*.safetensors")):
+                raise LocalEntryNotFoundError("only a part of the model is here")
         except LocalEntryNotFoundError:
             found = snapshot_download(model, allow_patterns=HUB_FILES)
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -341,9 +343,13 @@ def _render_chat(
             whole = tokenizer.apply_chat_template([*before, answer], tokenize=False)
         except TemplateError:
             continue  # such as roles that must take turns
-        if whole.startswith(prefix):
+        # Some templates drop the reasoning of an answer, which is what there is to learn.
+        thought = response.partition("</think>")[0].removeprefix("<think>").strip()
+        if whole.startswith(prefix) and thought in whole:
             return prefix, whole
         # The template writes an answer otherwise than it asks for one.
+        if prefix.rstrip().endswith("<think>"):
+            response = response.lstrip().removeprefix("<think>").lstrip("\n")
         return prefix, prefix + response + tokenizer.eos_token
     return None
 

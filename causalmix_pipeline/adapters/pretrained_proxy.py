@@ -8,6 +8,7 @@ checkpoint with the same bits, on one device.
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from causalmix_pipeline.adapters.packed_samples import (
     token_schedule,
 )
 from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore, bits_per_byte
+from causalmix_pipeline.adapters.torch_proxy import is_out_of_memory
 from causalmix_pipeline.core.errors import ConfigError, ProxyError
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import DIVERGENCE_MARGIN
@@ -272,8 +273,6 @@ def load_model(config: PretrainedConfig, device: str) -> Any:
         )
     files = find_model(config.model)
     options = files.options()
-    if device.startswith("cuda") and config.bf16 and find_spec("flash_attn"):
-        options["attn_implementation"] = "flash_attention_2"
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(config.init_seed)
     try:
@@ -330,13 +329,12 @@ def check_isolation(model: Any, config: PretrainedConfig, device: str) -> None:
     position_L = torch.arange(n, device=device).repeat(2)
     model.eval()
     with torch.no_grad(), autocast(config, device):
-        logits = [
-            model(input_ids=ids_L[None], position_ids=position_L[None], use_cache=False)
-            .logits[0, n:]
-            .float()
-            for ids_L in ids_BL
-        ]
-    change = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp_min(1e-6))
+        # Both at once: some kernels tell documents apart in batches of one alone.
+        logits_BLV = model(
+            input_ids=ids_BL, position_ids=position_L.expand(2, -1), use_cache=False
+        ).logits[:, n:]
+    first_LV, second_LV = logits_BLV.float()
+    change = float((first_LV - second_LV).abs().max() / first_LV.abs().max().clamp_min(1e-6))
     if not change <= MAX_LEAK:
         raise ProxyError(
             f"proxy.pretrained must keep documents of a packed sequence apart, got logits that "
@@ -482,6 +480,7 @@ class Trainer:
             fused=device.startswith("cuda"),
         )
         self.history = checkpoints.load(self) or History(0, config.micro_batch)
+        self.history.micro_batch = min(self.history.micro_batch, config.micro_batch)
 
     def train(self, progress: Progress | None = None) -> History:
         """Run the steps that are left."""
@@ -544,18 +543,6 @@ class Trainer:
             group["lr"] = rate
         self.optimiser.step()
         return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch had no memory left, on a GPU or a CPU."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text
-    )
 
 
 def halved(micro_batch: int, config: PretrainedConfig, device: str) -> int:
@@ -638,7 +625,8 @@ class Checkpoints:
         """Keep weights, optimiser, random state and history; older checkpoints go.
 
         Raises:
-            ProxyError: if they can't be written, such as on a full disk.
+            OSError: if the disk is full.
+            ProxyError: if they can't be written otherwise.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -660,6 +648,9 @@ class Checkpoints:
             building.rename(self.folder / name)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(building, ignore_errors=True)
+            full = errno.ENOSPC
+            if getattr(error, "errno", None) == full or f"os error {full}" in str(error):
+                raise OSError(full, os.strerror(full), str(self.folder)) from error
             raise ProxyError(
                 f"the checkpoint of a proxy run can't be written to {self.folder}: {error}. Free "
                 "the disk, or raise proxy.overrides.checkpoint_steps; the run goes on from its "

@@ -24,6 +24,8 @@ from causalmix_pipeline.core.effects import MINIMUM_RUNS, OUTLIER_LIMIT, flag_ou
 from causalmix_pipeline.core.errors import ConfigError, EstimationError
 from causalmix_pipeline.core.runs import RunTable
 
+#: Columns of a recommendation besides the domains.
+RESULT_COLUMNS = ("pool", "gain", "gain_lower", "gain_upper", "verdict")
 #: Columns that name a run, the first that all tables have; none of them is a domain or a metric.
 KEYS = ("run", "run_id", "index", "name")
 
@@ -173,12 +175,18 @@ def import_runs(
         EstimationError: for tables that carry no estimate; says where and what to do.
     """
     notes: list[str] = []
-    key = _shared_key([ratios, metrics, *([covariates] if covariates else [])])
+    key = shared_key([ratios, metrics, *([covariates] if covariates else [])])
     domains = sorted(ratios.value_columns)
     if len(domains) < 2:
         raise EstimationError(
             f"{ratios.name} must have a column of shares for at least 2 domains, got "
             f"{', '.join(domains) or 'none'}: with one domain there is nothing to mix."
+        )
+    taken = [name for name in domains if name in RESULT_COLUMNS]
+    if taken:
+        raise EstimationError(
+            f"{ratios.name}: column {taken[0]!r} is also a column of the recommendations: rename "
+            "the domain."
         )
     tasks = sorted(metrics.value_columns)
     if not tasks:
@@ -205,6 +213,9 @@ def import_runs(
     names, state_NDP = _drop_constant(domains, names, state_NDP, notes)
     flat_NC = state_NDP.reshape(len(run_ids), -1)
     state_N = _cells(flat_NC)
+    # Covariates that differ in the last bits are one state, with the values of its first run.
+    _, first, inverse = np.unique(state_N, return_index=True, return_inverse=True)
+    state_NDP = state_NDP[first][inverse.ravel()]
     constant = [d for d, ptp in zip(domains, np.ptp(mixture_ND, axis=0), strict=True) if ptp == 0]
     notes += [
         f"{ratios.name}: the share of {d!r} never varies, so its effect can't be told"
@@ -232,7 +243,12 @@ def import_runs(
     return ImportedRuns(runs, sign_T, tuple(notes), tokens_D)
 
 
-def _shared_key(tables: Sequence[Table]) -> str:
+def shared_key(tables: Sequence[Table]) -> str:
+    """The column that names the run in all tables.
+
+    Raises:
+        EstimationError: if there is none.
+    """
     for key in KEYS:
         if all(key in table.frame.columns for table in tables):
             return key
@@ -308,6 +324,8 @@ def _signs(tasks: Sequence[str], minimize: Sequence[str], maximize: Sequence[str
     both = sorted(set(minimize) & set(maximize))
     if both:
         raise ConfigError(f"minimize and maximize both name {', '.join(both)}: keep one of them.")
+    if minimize and not maximize:
+        return np.array([-1.0 if task in minimize else 1.0 for task in tasks])
     return np.array([1.0 if task in maximize else -1.0 for task in tasks])
 
 
@@ -414,13 +432,20 @@ def _tolerance(share_ND: np.ndarray) -> float:
     return ROUNDING
 
 
-def read_mixtures(ratios: Table, domains: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def read_mixtures(
+    ratios: Table, domains: Sequence[str], *, key: str | None = None
+) -> tuple[list[str], np.ndarray]:
     """Return ids and mixtures of a table with these domains; shape (M, D).
+
+    Args:
+        ratios: the table.
+        domains: the model's.
+        key: column that names the rows; None takes what names a run.
 
     Raises:
         EstimationError: for missing or unknown domains, or rows that aren't mixtures.
     """
-    key = _shared_key([ratios])
+    key = key or shared_key([ratios])
     missing = [domain for domain in domains if domain not in ratios.frame.columns]
     unknown = [name for name in ratios.value_columns if name not in domains]
     if missing or unknown:
@@ -563,7 +588,7 @@ def read_states(
     Raises:
         EstimationError: if a column or a value is missing.
     """
-    key = key or _shared_key([table])
+    key = key or shared_key([table])
     if key not in table.frame.columns:
         raise EstimationError(
             f"{table.name} must have a column {key!r} that names the rows, got "
@@ -574,7 +599,8 @@ def read_states(
     rows = list(ids.values())
     state_MDP = _state_values(table, column_of, domains, covariates, key, rows)
     tokens_MD = None
-    if any(name == TOKENS for _, name in column_of):
+    # A covariate of that name may be scaled: then it's no count.
+    if TOKENS not in covariates and any(name == TOKENS for _, name in column_of):
         tokens_MD = _state_values(table, column_of, domains, [TOKENS], key, rows)[:, :, 0]
         bad = np.argwhere((tokens_MD < 0) | (tokens_MD.sum(axis=1, keepdims=True) <= 0))
         if len(bad):

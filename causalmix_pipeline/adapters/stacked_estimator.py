@@ -18,6 +18,7 @@ from causalmix_pipeline.core.effects import (
     assign_folds,
     center_by_state,
     check_runs,
+    has_contrasts,
     join_folds,
     predict_fold,
 )
@@ -203,7 +204,7 @@ def stack_weights(runs: RunTable, out_of_fold: Mapping[str, np.ndarray]) -> Weig
     """
     names = list(out_of_fold)
     error_KNT = np.stack([runs.outcome_NT - out_of_fold[name] for name in names])
-    if _has_contrasts(runs):
+    if has_contrasts(runs):
         error_KNT = np.stack([center_by_state(error_NT, runs.state_ids) for error_NT in error_KNT])
     return {
         task: {
@@ -242,11 +243,6 @@ def stack_folds(
                     weight * values[name][inside, t] for name, weight in weights[task].items()
                 )
     return FoldPrediction("stack", **out)
-
-
-def _has_contrasts(runs: RunTable) -> bool:
-    """Whether some state has several mixtures, of several states."""
-    return 1 < runs.n_states < runs.n_runs
 
 
 def _solve(error_KN: np.ndarray) -> np.ndarray:

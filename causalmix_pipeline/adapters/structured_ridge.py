@@ -74,7 +74,9 @@ class StructuredRidge:
         difference_MF = both[1:] - both[0]
         se_MT = np.column_stack(
             [
-                np.sqrt(np.einsum("mf,fg,mg->m", difference_MF, covariance_FF, difference_MF))
+                np.sqrt(
+                    np.maximum(np.sum((difference_MF @ covariance_FF) * difference_MF, axis=1), 0.0)
+                )
                 for covariance_FF in self._covariance_TFF
             ]
         )

@@ -176,7 +176,9 @@ def _choice(row: _Row) -> QuestionText:
 def _exact(row: _Row) -> QuestionText:
     answer, pattern = row.values.get("answer"), row.values.get("pattern") or ""
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
+        # A column with one broken number has them all as such: 7.0 was written as 7.
+        whole = float(answer).is_integer() and abs(answer) < 1e15
+        answer = str(int(answer)) if whole else repr(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise row.error("answer", "be text or a number", answer, "write it, or drop the row")
     try:

@@ -208,7 +208,7 @@ def _generate(
 
 def context_of(model: Any) -> int:
     """Tokens that a model can read."""
-    return int(model.config.max_position_embeddings)
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 
 def _check_fits(n_tokens: int, context: int, what: str, number: int) -> None:

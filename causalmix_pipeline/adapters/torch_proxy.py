@@ -27,7 +27,7 @@ ADAM_EPSILON = 1e-8
 #: Largest stack that `fastest_stack_size` tries on a CPU: time a model is flat from 4 on.
 CPU_MOST_MODELS = 16
 #: Largest stack that it tries on an accelerator, memory permitting.
-GPU_MOST_MODELS = 1024
+GPU_MOST_MODELS = 512
 #: Seconds after which it tries no larger stack, and for which it times one.
 MEASURE_SECONDS, SIZE_SECONDS = 2.0, 0.15
 #: A smaller stack within this factor of the fastest is taken: it holds less memory.
@@ -91,7 +91,7 @@ def train_stack(
                 config, next_batch, n_models, eval_windows, device, progress, score, model
             )
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if n_models == 1 or model is not None:
                 raise ProxyError(_short_of_memory(config, n_models)) from error
@@ -146,12 +146,14 @@ def _train_whole(
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or numpy could not get memory; torch's CPU allocator has no class for it."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or numpy could not get memory; not all allocators have a class for it."""
     import torch
 
+    text = str(error).lower()
+    told = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in text for words in told)
     )
 
 
@@ -340,7 +342,7 @@ def fastest_stack_size(config: ProxyConfig, *, device: str = "cpu", n_bytes: int
             try:
                 seconds[size] = _step_seconds(config, size, device) / size
             except (RuntimeError, MemoryError) as error:
-                if not seconds or not _is_out_of_memory(error):
+                if not seconds or not is_out_of_memory(error):
                     raise
                 break
             size *= 2

@@ -191,6 +191,8 @@ def eval_tasks(project: dg.ResourceParam[Project], tokenizer: dict) -> dg.Materi
         "unigram_nats": evaluation.unigram_nats,
         "n_bytes": evaluation.n_bytes,
     }
+    if model is not None:
+        value["model"] = describe_model(model).weights_hash
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
@@ -485,13 +487,18 @@ def mixture_design(
     design = make_design(plan, len(domains))
     hashes = pool_states.unique("state_id", maintain_order=True)["state_hash"].to_list()
     tokens_hash = model_tokens(project, pool_states["tokens_hash"][0], domains)
-    eval_hash = eval_tasks["eval_hash"]
+    eval_hash, config = eval_tasks["eval_hash"], proxy_config(project, tokens_hash)
+    if isinstance(config, PretrainedConfig) and eval_tasks["model"] != config.weights_hash:
+        raise ConfigError(
+            f"proxy.pretrained must be the model whose tokens eval_tasks was made in "
+            f"({eval_tasks['model']}), got {config.weights_hash}: materialise eval_tasks first."
+        )
     specs = make_specs(
         design,
         hashes,
         tokens_hash=tokens_hash,
         eval_hash=eval_hash,
-        config=proxy_config(project, tokens_hash),
+        config=config,
         device=project.device,
     )
     frame = spec_table(specs, design, domains).with_columns(

@@ -1,7 +1,6 @@
 """What the proxy runs cost, before any is trained, and whether the budget allows it."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from causalmix_pipeline.adapters.blobs import write_atomically
 from causalmix_pipeline.adapters.calibration import calibrate, machine
 from causalmix_pipeline.adapters.experiment import collect_runs
 from causalmix_pipeline.adapters.local_backend import engine_name
-from causalmix_pipeline.adapters.local_workers import LocalWorkers
+from causalmix_pipeline.adapters.local_workers import LocalWorkers, n_cores
 from causalmix_pipeline.adapters.model_tokens import describe_model
 from causalmix_pipeline.adapters.ray_workers import RayWorkers
 from causalmix_pipeline.adapters.sealed_frames import content_digest
@@ -77,15 +76,16 @@ def workers_at_once(project: Project) -> int:
     workers = project.backend.workers
     if isinstance(workers, RayWorkers) and workers.address is not None:
         return workers.n_at_once()
-    cores = os.cpu_count() or 1
+    cores = n_cores()
     if isinstance(workers, LocalWorkers):
         gpus = len(workers.gpus)
         n_workers = workers.n_workers or gpus or cores
         return min(n_workers, gpus) if gpus else n_workers
     assert isinstance(workers, RayWorkers)
+    slots = [cores / workers.n_cpus_per_task] if workers.n_cpus_per_task else []
     if workers.n_gpus_per_task:
-        return max(1, int(len(visible_gpus()) / workers.n_gpus_per_task))
-    return max(1, int(cores / workers.n_cpus_per_task))
+        slots.append(len(visible_gpus()) / workers.n_gpus_per_task)
+    return max(1, int(min(slots)))
 
 
 def gpus_at_once(project: Project, n_workers: int) -> float:

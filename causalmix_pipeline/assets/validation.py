@@ -17,6 +17,7 @@ from causalmix_pipeline.adapters.model_tokens import describe_model, write_model
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import pretrained_folder, proxy_config
 from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.assets.plan import refuse_over_budget
 from causalmix_pipeline.assets.proxy import (
     TRAINING_POOL,
     read_records,
@@ -163,6 +164,7 @@ def validation_runs(
         tokens_hash=tokens_hash,
         eval_hash=eval_tasks["eval_hash"],
     )
+    refuse_over_budget(project, specs, context.run.tags)
     progress = train_watched(
         context, project, specs, asset=context.asset_key, domains=tokenizer["domains"]
     )

@@ -280,6 +280,15 @@ def permute_mixtures(runs: RunTable, rng: np.random.Generator) -> RunTable:
     return replace(runs, mixture_ND=runs.mixture_ND[order_N], repeat_of_N=runs.repeat_of_N[order_N])
 
 
+def has_contrasts(runs: RunTable) -> bool:
+    """Whether enough runs differ in mixture within a pool state to judge an estimator by them.
+
+    A few repeated or paired runs aren't: a quarter of the runs, and 8, must have such a partner.
+    """
+    n_contrasts = len(np.unique(runs.repeat_of_N)) - runs.n_states
+    return runs.n_states > 1 and n_contrasts >= max(8, runs.n_runs // 4)
+
+
 def center_by_state(values_NT: np.ndarray, state_ids: np.ndarray) -> np.ndarray:
     """Return the values minus the mean of their own state; shape (N, T)."""
     _, inverse_N, count_S = np.unique(state_ids, return_inverse=True, return_counts=True)

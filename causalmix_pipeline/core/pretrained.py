@@ -77,7 +77,8 @@ class PretrainedConfig(Recipe):
     @property
     def eval_length(self) -> int:
         """Tokens predicted in one window of held-out text."""
-        return min(self.sequence_length, MAX_EVAL_LENGTH)
+        # A window holds one token more, and the model's context may end with the sequence.
+        return min(self.sequence_length - 1, MAX_EVAL_LENGTH)
 
     @property
     def steps(self) -> int:

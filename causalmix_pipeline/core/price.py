@@ -97,7 +97,8 @@ def price(workload: Workload, calibration: Calibration, rates: Rates) -> dict[st
     Units stand in the names; FLOPs are floating-point operations.
     """
     hours = workload.seconds(calibration) / 3600
-    gpu_hours, core_hours = hours * workload.n_gpus, hours * workload.n_cores
+    busy = min(1.0, math.ceil(workload.n_pending / workload.runs_per_stack) / workload.n_workers)
+    gpu_hours, core_hours = hours * workload.n_gpus * busy, hours * workload.n_cores * busy
     cost = None
     if rates.gpu_hour is not None or rates.core_hour is not None:
         cost = gpu_hours * (rates.gpu_hour or 0.0) + core_hours * (rates.core_hour or 0.0)

@@ -24,7 +24,7 @@ Direction = Literal["minimize", "maximize"]
 QUESTION_KINDS = ("choice", "exact")
 
 #: A number in an answer: sign, digits with commas between thousands, decimals.
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)

@@ -462,7 +462,7 @@ class Proxy(Section):
     models_per_stack: int = Field(
         default=4,
         ge=0,
-        le=1024,
+        le=512,
         description="Models that one process trains at once in one set of tensors; 4-8 is fastest "
         "on a CPU, hundreds on a GPU; 0 measures what is fastest.",
     )
@@ -483,7 +483,13 @@ class Proxy(Section):
             raise ValueError(
                 f"proxy.overrides.{unknown[0]} is no proxy setting; known: {', '.join(known)}"
             )
-        self.to_config()
+        try:
+            self.to_config()
+        except TypeError as error:
+            raise ValueError(
+                f"proxy.overrides must hold numbers where the recipe has them, got "
+                f"{self.overrides}: {error}; YAML takes 1e-4 for text, so write 1.0e-4"
+            ) from error
         return self
 
     @property

@@ -48,8 +48,8 @@ def test_a_run_has_as_many_steps_as_its_tokens_need():
     assert config_of(tokens=16 * 512 * 3 + 1).steps == 4
 
 
-def test_held_out_windows_are_no_longer_than_a_thousand_tokens():
-    assert config_of().eval_length == 512
+def test_a_held_out_window_and_its_first_token_fit_into_a_sequence_and_a_thousand_tokens():
+    assert config_of().eval_length == 511
     assert config_of(sequence_length=16_384).eval_length == 1024
 
 

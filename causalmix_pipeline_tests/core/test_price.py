@@ -36,6 +36,13 @@ def test_money_counts_every_core_and_gpu_that_is_taken():
     assert found["GPU hours"] == pytest.approx(2 * hours)
 
 
+def test_workers_without_a_stack_cost_nothing():
+    one = price(replace(WORK, n_pending=3, n_gpus=2), CALIBRATION, Rates())
+
+    assert one["GPU hours"] == pytest.approx(one["hours"])
+    assert one["core hours"] == pytest.approx(one["hours"])
+
+
 def test_checkpoints_take_disk_only_of_the_runs_that_train_at_once():
     large = replace(WORK, scratch_bytes=10**9, n_pending=1)
 

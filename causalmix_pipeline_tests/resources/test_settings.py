@@ -138,3 +138,8 @@ def test_a_fingerprint_follows_its_own_sections_only():
 def test_columns_that_contradict_themselves_are_refused(columns, message):
     with pytest.raises(ValueError, match=message):
         Settings(columns=columns)
+
+
+def test_an_override_that_yaml_took_for_text_is_told_by_name():
+    with pytest.raises(ValidationError, match=r"proxy\.overrides must hold numbers.*1\.0e-4"):
+        Settings.model_validate({"proxy": {"overrides": {"learning_rate": "1e-4"}}})
