@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def calibrate(
     """
     config = specs[0].config
     if isinstance(config, PretrainedConfig):
-        rate = USED_SHARE * matrix_rate(backend.device, bf16=config.bf16)
+        rate = USED_SHARE * backend.ask(partial(matrix_rate, bf16=config.bf16))
         steps = min(PRETRAINED_STEPS, config.steps)
         step = flops / config.steps / rate
         if (2 + 2 * steps) * step > MOST_SECONDS:

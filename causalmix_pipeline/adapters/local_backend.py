@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,6 +88,12 @@ class LocalBackend:
     @property
     def _crew(self) -> WorkBackend:
         return self.workers or LocalWorkers(self.n_workers)
+
+    def ask(self, function: Callable[[str], Any]) -> Any:
+        """What a function of the device says in a worker, which may have what this lacks."""
+        found: list[Any] = []
+        self._crew.run(function, [self.device], lambda _, value: found.append(value))
+        return found[0]
 
     def stack_size(self, config: ProxyConfig | PretrainedConfig, n_runs: int) -> int:
         """Models of one stack of so many runs; a pretrained model is trained by itself."""

@@ -181,6 +181,8 @@ class RayWorkers:
         # Read when Ray is loaded, and by the processes that it starts.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        # Of its memory monitor: without it, a task that never fits is tried again for ever.
+        os.environ["RAY_task_oom_retries"] = str(self.max_retries)  # noqa: SIM112
         import ray
 
         if ray.is_initialized():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,7 +157,9 @@ def generate_answers(
     found: list[str | None] = [None] * len(questions)
     for batch in _batches([len(prompt) for prompt in prompts], batch_size):
         limits = [questions[i].max_new_tokens for i in batch]
-        generated = _generate(model, [prompts[i] for i in batch], limits, tokenizer.end_id, device)
+        generated = _generate(
+            model, [prompts[i] for i in batch], limits, tokenizer.stop_ids, device
+        )
         for i, ids in zip(batch, generated, strict=True):
             found[i] = None if ids is None else tokenizer.decode(ids)
     return found
@@ -166,7 +169,7 @@ def _generate(
     model: Any,
     prompts: Sequence[tuple[int, ...]],
     limits: Sequence[int],
-    end_id: int,
+    stop_ids: Sequence[int],
     device: str,
 ) -> list[list[int] | None]:
     import torch
@@ -185,8 +188,8 @@ def _generate(
         GenerationConfig(
             do_sample=False,
             max_new_tokens=max(limits),
-            eos_token_id=end_id,
-            pad_token_id=end_id,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
         ),
     )
     try:
@@ -200,8 +203,7 @@ def _generate(
         model.generation_config = own
     generated: list[list[int] | None] = []
     for ids, limit, finite in zip(written_BL.tolist(), limits, finite_B.tolist(), strict=True):
-        kept = ids[:limit]
-        kept = kept[: kept.index(end_id)] if end_id in kept else kept
+        kept = list(takewhile(lambda token: token not in stop_ids, ids[:limit]))
         generated.append(kept if finite else None)
     return generated
 

@@ -31,6 +31,7 @@ class TaskTokenizer:
         digest: names its content.
         end_id: token between documents.
         prefix: token ids that every prompt begins with.
+        stop_ids: tokens that end an answer, `end_id` first.
         backend: what encodes and decodes.
     """
 
@@ -38,6 +39,7 @@ class TaskTokenizer:
     digest: str
     end_id: int
     prefix: tuple[int, ...]
+    stop_ids: tuple[int, ...]
     backend: Any
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -125,7 +127,7 @@ def open_task_tokenizer(name: str) -> TaskTokenizer:
     """
     if _is_json(name):
         digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-        return TaskTokenizer(name, digest, END_ID, (END_ID,), token_bytes(name))
+        return TaskTokenizer(name, digest, END_ID, (END_ID,), (END_ID,), token_bytes(name))
     backend = load_tokenizer(find_model(name))
     if not backend.is_fast:
         raise ConfigError(
@@ -135,7 +137,23 @@ def open_task_tokenizer(name: str) -> TaskTokenizer:
     # Models that were trained with a first token of their own get it; others have none.
     prefix = [i for i in backend("")["input_ids"] if i == backend.bos_token_id]
     digest = hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:32]
-    return TaskTokenizer(name, digest, backend.eos_token_id, tuple(prefix), backend)
+    stops = dict.fromkeys([backend.eos_token_id, *_end_of_answer(backend)])
+    return TaskTokenizer(name, digest, backend.eos_token_id, tuple(prefix), tuple(stops), backend)
+
+
+def _end_of_answer(backend: Any) -> list[int]:
+    """The special token that the chat template ends an answer with, which may not be the end's."""
+    from jinja2 import TemplateError
+
+    if not backend.chat_template:
+        return []
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = backend.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        return []
+    ids = backend(text, add_special_tokens=False)["input_ids"]
+    return [i for i in ids if i in backend.all_special_ids][-1:]
 
 
 def check_questions(

@@ -101,7 +101,7 @@ def calibration_of(project: Project, specs: Sequence[ProxySpec], workload: Workl
     """
     backend = project.backend
     conditions = {
-        "machine": machine(backend.device),
+        "machine": machine("cpu") if backend.device == "cpu" else backend.ask(machine),
         "engine": engine_name(backend.device),
         "backend": project.settings.backend.model_dump(mode="json"),
         "config": specs[0].config.to_dict(),

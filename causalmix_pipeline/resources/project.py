@@ -97,6 +97,11 @@ class Project(dg.ConfigurableResource):
         backend = self.settings.backend
         if backend.device == "auto":
             from_scratch = isinstance(self.settings.proxy.to_config(), ProxyConfig)
+            if backend.address is not None and not from_scratch:
+                raise ConfigError(
+                    "backend.device must be cpu or cuda with a cluster's backend.address and "
+                    "proxy.pretrained, got auto: this machine can't tell what the cluster has."
+                )
             return "cpu" if from_scratch or not visible_gpus() else "cuda"
         if backend.device == "cuda" and backend.kind == "local" and not visible_gpus():
             raise ConfigError(

@@ -12,6 +12,7 @@ from causalmix_pipeline.adapters.calibration import (
 )
 from causalmix_pipeline.adapters.local_backend import LocalBackend
 from causalmix_pipeline.core.pretrained import PretrainedConfig
+from causalmix_pipeline.core.work import InProcess
 from causalmix_pipeline_tests.adapters.small_pool import CONFIG, build_experiment
 
 
@@ -84,7 +85,7 @@ def test_a_pretrained_model_too_slow_for_a_trial_is_computed_and_says_so(
         batch_sequences=8, bf16=False,
     )  # fmt: skip
     spec = replace(experiment.specs[0], config=config)
-    backend = LocalBackend(experiment.store)
+    backend = LocalBackend(experiment.store, workers=InProcess())
 
     found = calibrate(
         backend, [spec], n_workers=2, runs_per_stack=1, folder=tmp_path / "trial", flops=4e12

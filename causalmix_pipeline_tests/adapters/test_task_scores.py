@@ -258,3 +258,20 @@ def test_a_first_token_of_a_model_stands_before_documents_and_prompts(tmp_path):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"proxy\.pretrained must"):
         open_task_tokenizer(str(tmp_path))
+
+
+def test_an_answer_ends_where_the_chat_template_ends_it(tmp_path):
+    """A base model's own end isn't what fine-tuning on chats taught it to write."""
+    folder = save_model(tmp_path / "m", small_lm())
+    assert open_task_tokenizer(str(folder)).stop_ids == (END_ID,)
+    chat = transformers.AutoTokenizer.from_pretrained(folder)
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    chat.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    chat.save_pretrained(tmp_path / "chat")
+    small_lm(vocab_size=304).save_pretrained(tmp_path / "chat")
+
+    stops = open_task_tokenizer(str(tmp_path / "chat")).stop_ids
+
+    assert stops == (END_ID, chat.convert_tokens_to_ids("<|im_end|>"))

@@ -58,9 +58,8 @@ RECIPES: list[dict] = [
     {},
     {"steps": 2000},
     {"learning_rate": 0.01},
-    {"sequence_length": 64, "batch_size": 8},
-    {"vocabulary": 512},
     {"hidden": 64, "layers": 2, "heads": 2, "learning_rate": 0.008},
+    {"vocabulary": 512},
 ]
 #: Mixtures of a frontier state: the first three are the same in all states.
 SLOTS = ("equal", "response_surface_blind", "regmix", "response_surface", "random_1", "random_2")
