@@ -213,18 +213,25 @@ def test_two_trainings_never_run_at_once(finished, name):
         instance.add_run(other)
         storage.initialize_concurrency_limit_to_default(TRAINING_POOL)
         assert storage.claim_concurrency_slot(TRAINING_POOL, other.run_id, "train").is_claimed
-        thread = threading.Thread(
-            target=materialise,
-            args=(build_definitions(finished), instance, [dg.AssetKey(name)]),
-            kwargs={"on_event": lambda entry: started.append(note(entry))},
-        )
+        waited: list[bool] = []
+
+        def release() -> None:
+            time.sleep(4)  # what comes before it is done by then
+            waited.append(trained() == [])
+            storage.free_concurrency_slots_for_run(other.run_id)
+
+        # Not the other way round: Dagster's capture of logs can't be ended outside this thread.
+        thread = threading.Thread(target=release)
         thread.start()
-        time.sleep(4)  # what comes before it is done by then
-        waited = trained() == []
-        storage.free_concurrency_slots_for_run(other.run_id)
+        materialise(
+            build_definitions(finished),
+            instance,
+            [dg.AssetKey(name)],
+            on_event=lambda entry: started.append(note(entry)),
+        )
         thread.join()
 
-    assert waited
+    assert waited == [True]
     assert trained()
 
 
