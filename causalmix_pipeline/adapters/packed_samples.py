@@ -43,11 +43,6 @@ class PackedDomain:
         """Number of sequences, S."""
         return len(self.tokens_S)
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all sequences, padding apart."""
-        return int(self.tokens_S.sum())
-
     def rows(self, tokens: np.ndarray, sequence: int) -> SequenceRows:
         """One sequence with its tokens.
 

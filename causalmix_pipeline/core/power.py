@@ -30,15 +30,13 @@ features (curvature counts as noise, and adds to the smallest gain).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.core.effects import EffectEstimator, center_by_state, cross_validate
 from causalmix_pipeline.core.errors import EstimationError
-from causalmix_pipeline.core.runs import RunTable
 
 #: Probability of an announced gain where there is none.
 LEVEL = 0.05
@@ -198,53 +196,3 @@ def sd_interval(df: int) -> tuple[float, float]:
 
     low, high = chi2.ppf((0.95, 0.05), df)
     return float(np.sqrt(df / low)), float(np.sqrt(df / high))
-
-
-def error_curve(
-    make: Callable[[], EffectEstimator],
-    runs: RunTable,
-    sizes: Sequence[int] = CURVE_SIZES,
-    *,
-    n_folds: int = 5,
-    seed: int = 0,
-) -> pl.DataFrame:
-    """Out-of-fold error of an estimator against the number of runs, on the runs at hand.
-
-    A check of the power curve that assumes nothing: a design's first n pairs are the design of n.
-
-    Args:
-        make: returns a fresh, unfitted estimator.
-        runs: the proxy runs; repeats of a pair are left out.
-        sizes: numbers of runs to try; those beyond the runs at hand, or of fewer pool states than
-            folds, are left out.
-        n_folds: folds of whole states.
-        seed: of the folds.
-
-    Returns:
-        One row per size and task: `n_runs`, `task`, `rmse` of predictions within states in units
-        of the outcome, and `r2` within states.
-    """
-    rows = []
-    for size in sizes:
-        part = _first(runs, size)
-        if part is None or part.n_states < n_folds:
-            continue
-        predicted_NT = cross_validate(make, part, n_folds, seed).prediction_NT
-        error_NT = center_by_state(part.outcome_NT - predicted_NT, part.state_ids)
-        outcome_NT = center_by_state(part.outcome_NT, part.state_ids)
-        df = part.n_runs - part.n_states
-        for t, task in enumerate(part.tasks):
-            squared = float(error_NT[:, t] @ error_NT[:, t])
-            total = float(outcome_NT[:, t] @ outcome_NT[:, t])
-            rows.append((size, task, (squared / df) ** 0.5, 1 - squared / total if total else None))
-    schema = {"n_runs": pl.Int64, "task": pl.String, "rmse": pl.Float64, "r2": pl.Float64}
-    return pl.DataFrame(rows, schema=schema, orient="row")
-
-
-def _first(runs: RunTable, size: int) -> RunTable | None:
-    """The first run of each of the first pairs of the design; None if there are fewer."""
-    _, first = np.unique(runs.repeat_of_N, return_index=True)
-    chosen = first[:size]
-    if len(first) < size:
-        return None
-    return runs.subset(chosen)

@@ -1,14 +1,12 @@
 import numpy as np
-import polars as pl
 import pytest
 
-from causalmix_pipeline.adapters.structured_ridge import StructuredRidge
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.core.belief import noise_floor
 from causalmix_pipeline.core.design import DesignPlan, make_design
 from causalmix_pipeline.core.effects import center_by_state
 from causalmix_pipeline.core.errors import EstimationError
-from causalmix_pipeline.core.power import LEVEL, Experiment, error_curve, power_table
+from causalmix_pipeline.core.power import LEVEL, Experiment, power_table
 
 DOMAINS = 5
 SEED_SD = 0.02
@@ -118,13 +116,3 @@ def test_without_repeated_runs_the_table_says_nothing():
 
     assert row["smallest_gain"] is None and row["runs_needed"] is None
     assert set(row["curve"].values()) == {None}
-
-
-def test_the_error_on_unseen_states_falls_with_the_runs():
-    runs = POOL.run_table(64, 4, noise=0.3, n_repeats=5, seed=2)
-
-    curve = error_curve(StructuredRidge, runs, (8, 32, 256, 1024))
-
-    assert curve["n_runs"].unique().sort().to_list() == [32, 256]
-    by_size = curve.group_by("n_runs").agg(pl.col("rmse").mean()).sort("n_runs")["rmse"]
-    assert by_size[1] < by_size[0]
