@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from causalmix_pipeline.cli_tables import register
+from causalmix_pipeline import cli_tables, cli_top_ups
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError
 
 app = typer.Typer(
@@ -550,7 +550,8 @@ def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:
     ]
 
 
-register(app)
+cli_tables.register(app)
+cli_top_ups.register(app)
 
 
 # ---------------------------------------------------------------------------- the way out

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from causalmix_pipeline.cli_output import (
+    CovariatesOption,
+    ModelOption,
+    OutOption,
+    new_console,
+    new_table,
+    write_frame,
+)
 from causalmix_pipeline.core.errors import ConfigError
 
 #: Seconds between two lines of progress where the output is no terminal.
@@ -20,17 +27,10 @@ PLAIN_SECONDS = 15.0
 
 VERDICT_COLOURS = {"supported": "green", "extrapolating": "yellow", "unsupported": "red"}
 
-ModelOption = Annotated[Path, typer.Option("--model", help="Folder that `causalmix fit` wrote.")]
-OutOption = Annotated[Path, typer.Option("--out", help="CSV, or Parquet if it ends so.")]
-CovariatesOption = Annotated[
-    Path | None,
-    typer.Option("--covariates", help="run,<domain>__<covariate>... (CSV or Parquet)."),
-]
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (fit, predict, recommend, explain):
+    for command in (fit, predict, recommend, pareto, baselines, explain):
         app.command()(command)
 
 
@@ -59,7 +59,7 @@ def fit(
     """Learn what mixtures do from a table of runs; trains no proxy."""
     from causalmix_pipeline import tables
 
-    console = _console()
+    console = new_console()
     with _progress(console) as on_progress:
         model = tables.fit(
             ratios,
@@ -96,67 +96,145 @@ def predict(
     from causalmix_pipeline import tables
 
     frame = tables.predict(tables.Model.load(model), ratios, covariates)
-    _write(frame, out)
-    _console().print(f"{frame.height} rows: {escape(str(out))}")
+    write_frame(frame, out)
+    new_console().print(f"{frame.height} rows: {escape(str(out))}")
+
+
+PoolsOption = Annotated[
+    Path | None, typer.Option("--pools", help="pool,<domain>__<covariate>..., perhaps __tokens.")
+]
+ReferenceOption = Annotated[
+    str, typer.Option("--reference", help="Gains are from it: equal, natural or a file.")
+]
+ConstraintsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--constraints",
+        help="YAML: least_share, most_share, frozen, trust_radius, budget_tokens, max_epochs, "
+        "guard_rails.",
+    ),
+]
 
 
 def recommend(
     model: ModelOption,
     out: OutOption,
-    pools: Annotated[
-        Path | None,
-        typer.Option(help="pool,<domain>__<covariate>..., perhaps <domain>__tokens."),
-    ] = None,
-    policy: Annotated[str, typer.Option(help="optimum, or the paper's search.")] = "optimum",
-    reference: Annotated[
-        str, typer.Option(help="What gains are measured from: equal, natural or a file.")
-    ] = "equal",
-    constraints: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML: least_share, most_share, frozen, trust_radius, budget_tokens, max_epochs."
-        ),
+    pools: PoolsOption = None,
+    policy: Annotated[
+        str, typer.Option(help="optimum, or the paper's search or analytical.")
+    ] = "optimum",
+    reference: ReferenceOption = "equal",
+    constraints: ConstraintsOption = None,
+    slack: Annotated[
+        Path | None, typer.Option(help="File for the slack of each pool's constraints.")
     ] = None,
 ) -> None:
     """Recommend a mixture for each pool, with its gain, a 90% interval, and a verdict."""
     from causalmix_pipeline import tables
 
     loaded = tables.Model.load(model)
-    frame = tables.recommend(
+    found = tables.recommend_in_full(
         loaded, pools, policy=policy, reference=reference, constraints=constraints
     )
-    _write(frame, out)
-    console = _console()
-    console.print(_recommendation_table(frame, loaded.runs.domains))
+    write_frame(found.mixtures, out)
+    console = new_console()
+    console.print(_recommendation_table(found.mixtures, loaded.runs.domains))
     console.print(
         f"Gain over the reference ({escape(reference)}): weighted mean over metrics, in their "
         "units, "
         "positive is better."
     )
+    for line in _constraint_lines(found):
+        console.print(line)
+    if slack is not None:
+        write_frame(found.slack, slack)
+        console.print(f"Slack: {escape(str(slack))}")
+    console.print(f"{found.mixtures.height} rows: {escape(str(out))}")
+
+
+def pareto(
+    model: ModelOption,
+    metrics: Annotated[str, typer.Option(help="Two metrics a,b to trade for one another.")],
+    out: OutOption,
+    pools: PoolsOption = None,
+    pool: Annotated[str | None, typer.Option(help="Name of the pool; the first if none.")] = None,
+    reference: ReferenceOption = "equal",
+    constraints: ConstraintsOption = None,
+) -> None:
+    """Show what one metric costs another: mixtures of which none is better in both."""
+    from causalmix_pipeline import tables
+
+    pair = _names(metrics)
+    if len(pair) != 2:
+        raise ConfigError(f"--metrics must name two metrics, got {metrics!r}: write a,b.")
+    loaded = tables.Model.load(model)
+    frame = tables.pareto(
+        loaded, pair[0], pair[1], pools, pool, constraints=constraints, reference=reference
+    )
+    write_frame(frame, out)
+    console = new_console()
+    table = new_table([*loaded.runs.domains, pair[0], pair[1]], 0)
+    for row in frame.iter_rows(named=True):
+        shares = (f"{100 * row[domain]:.1f}%" for domain in loaded.runs.domains)
+        table.add_row(*shares, f"{row['gain_first']:+.4g}", f"{row['gain_second']:+.4g}")
+    console.print(table)
+    console.print(f"Gains over the reference ({escape(reference)}), positive is better.")
+    console.print(f"{frame.height} rows: {escape(str(out))}")
+
+
+def baselines(
+    model: ModelOption,
+    out: OutOption,
+    pools: PoolsOption = None,
+    reference: ReferenceOption = "equal",
+    fixed: Annotated[
+        Path | None, typer.Option(help="File with the shares of a mixture tuned by hand.")
+    ] = None,
+) -> None:
+    """What simpler methods would mix, and the gains that the model predicts of it."""
+    from causalmix_pipeline import tables
+
+    loaded = tables.Model.load(model)
+    frame = tables.baselines(loaded, pools, reference=reference, fixed=fixed)
+    write_frame(frame, out)
+    console = new_console()
+    table = new_table(["pool", "baseline", *loaded.runs.domains, "gain", "90% interval"], 2)
+    for pool, name, *shares, gain, low, high in frame.head(40).iter_rows():
+        bounds = "unknown" if low is None else f"{low:+.4g} to {high:+.4g}"
+        table.add_row(
+            escape(pool), name, *(f"{100 * s:.1f}%" for s in shares),
+            "-" if gain is None else f"{gain:+.4g}", bounds,
+        )  # fmt: skip
+    console.print(table)
     console.print(f"{frame.height} rows: {escape(str(out))}")
 
 
 def explain(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
+    pools: Annotated[
+        Path | None, typer.Option(help="As for recommend; without, the mean of the runs' pools.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="Which of them to explain; needed if there are several.")
+    ] = None,
 ) -> None:
-    """Write a page that shows effects, estimators, predictions and checks."""
+    """Write a page that shows effects, what they depend on, estimators, predictions and checks."""
     from causalmix_pipeline import explained
     from causalmix_pipeline.adapters.blobs import write_atomically
     from causalmix_pipeline.tables import Model
 
-    page = explained.explain(Model.load(model))
+    loaded = Model.load(model)
+    if pool is not None and pools is None:
+        raise ConfigError(f"--pool {pool!r} needs --pools, got none: name the file of pools.")
+    chosen = None if pools is None else explained.pool_state(loaded, pools, pool)
+    page = explained.explain(loaded, chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode("utf-8"))
-    _console().print(f"Page: {escape(str(out))}")
+    new_console().print(f"Page: {escape(str(out))}")
 
 
 # ---------------------------------------------------------------------------- options
-
-
-def _console() -> Console:
-    out = Console(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(highlight=False, width=110)
 
 
 def _names(option: str | None) -> list[str]:
@@ -181,14 +259,6 @@ def _weights(option: str | None) -> dict[str, float] | None:
     return weights or None
 
 
-def _write(frame, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix.lower() in (".parquet", ".pq"):
-        frame.write_parquet(out)
-    else:
-        frame.write_csv(out)
-
-
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """One line that tells how many fits are done and how long the rest takes."""
@@ -211,16 +281,9 @@ def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
 # ---------------------------------------------------------------------------- what is printed
 
 
-def _table(columns: list[str], left: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for i, name in enumerate(columns):
-        table.add_column(escape(name), justify="left" if i < left else "right")
-    return table
-
-
 def _score_table(model) -> Table:
     """Each estimator's scores on runs of unseen pool states, by metric."""
-    table = _table(["metric", "estimator", "R2 within states", "R2", "Spearman", "in 90%"], 2)
+    table = new_table(["metric", "estimator", "R2 within states", "R2", "Spearman", "in 90%"], 2)
     for task in model.runs.tasks:
         rows = [row for row in model.scores.to_dicts() if row["task"] == task]
         for row in rows:
@@ -238,7 +301,8 @@ def _score_table(model) -> Table:
 
 
 def _beliefs(model) -> Iterator[str]:
-    """What can be told of noise and confounding."""
+    """What can be told of noise, confounding, the effect itself, and the worth of more runs."""
+    from causalmix_pipeline import beliefs
     from causalmix_pipeline.core.belief import OBSERVATIONAL_R2
 
     noise = model.noise().to_dicts()
@@ -259,10 +323,71 @@ def _beliefs(model) -> Iterator[str]:
         )
     else:
         yield f"Confounding: the covariates don't tell the mixture (R2 {r2:.2f})."
+    yield from _trial_lines(beliefs.trials(model))
+    declared = bool(model.runs.observational_sources)
+    yield _robustness_line(model, observational=declared or (r2 or 0.0) > OBSERVATIONAL_R2)
+    more = beliefs.more_runs(model)
+    if more is None:
+        yield "More runs: what they would bring can't be told quickly from these."
+    else:
+        yield f"More runs: {more.curve.describe()} ({more.estimator})."
+
+
+def _trial_lines(trials) -> Iterator[str]:
+    """Whether mixtures and pool states matter, for the objective; and metrics that fail alone."""
+    from causalmix_pipeline.core.falsification import OBJECTIVE, describe
+
+    words = {"mixtures_matter": "Mixtures", "states_matter": "Pool states"}
+    for check, subject in words.items():
+        own = [trial for trial in trials if trial.check == check]
+        whole = next(trial for trial in own if trial.task == OBJECTIVE)
+        failed = [trial.task for trial in own if trial.passed is False and trial is not whole]
+        if whole.passed is None:
+            yield f"[yellow]{subject}: whether they matter can't be told, {whole.reason}.[/]"
+        elif not whole.passed:
+            yield f"[yellow]{subject}: not shown to matter; {describe(whole)}.[/]"
+        else:
+            but = f", but not shown for {escape(', '.join(failed))}" if failed else ""
+            yield f"{subject}: matter{but}; {describe(whole)}."
+
+
+def _robustness_line(model, *, observational: bool) -> str:
+    """How strong a hidden confounder must be to explain the gain away."""
+    from causalmix_pipeline import beliefs
+    from causalmix_pipeline.core.errors import EstimationError
+
+    try:
+        found = beliefs.hidden_confounder(model)
+    except EstimationError as error:
+        return f"Hidden confounder: can't be told, {escape(str(error))}"
+    line = (
+        f"Hidden confounder: can't be seen; one that explains {100 * found.value:.0f}% of what is "
+        f"left of mixture and outcome alike brings the gain over equal to zero, "
+        f"{100 * found.value_lower:.0f}% its lower bound."
+    )
+    if observational:
+        return f"[yellow]{line} Randomised runs are the cure.[/]"
+    return f"{line} In runs whose mixtures were drawn at random there is none."
+
+
+def _constraint_lines(found, limit: int = 20) -> Iterator[str]:
+    """Which constraints bind for each pool, and what of the gain they cost."""
+    binding = found.slack.filter("binds")
+    costs = dict(found.unconstrained.select("pool", "cost").iter_rows())
+    bound = [pool for pool in found.mixtures["pool"] if pool in set(binding["pool"])]
+    for pool in bound[:limit]:
+        names = ", ".join(binding.filter(pool=pool)["constraint"])
+        cost = "" if costs.get(pool) is None else f"; constraints cost {costs[pool]:.4g} of gain"
+        yield f"{escape(pool)}: {escape(names)} binds{cost}."
+    if len(bound) > limit:
+        yield f"Constraints bind for {len(bound)} pools; the first {limit} are told."
+    if found.only_reference:
+        names = ", ".join(found.only_reference[:limit])
+        yield f"[yellow]Guard rails forbid all that beats the reference: {escape(names)}.[/]"
 
 
 def _recommendation_table(frame, domains, limit: int = 20) -> Table:
-    table = _table(["pool", *domains, "gain", "90% interval", "verdict"], 1)
+    table = new_table(["pool", *domains, "gain", "90% interval", "verdict"], 1)
     for row in frame.head(limit).iter_rows():
         name, *shares, gain, low, high, verdict = row
         bounds = "unknown" if low is None else f"{low:+.4g} to {high:+.4g}"

@@ -18,7 +18,8 @@ from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
 #: What each verdict means, in a sentence.
 VERDICT_WORDS = {
     "supported": "the pool is within reach of the proxy runs, on which gain and interval rest",
-    "extrapolating": "the pool is a little beyond the proxy runs; take the gain as a rough guide",
+    "extrapolating": "the pool is beyond the proxy runs; take the gain as a rough guide, its "
+    "interval is widened",
     "unsupported": "no proxy run has seen such a pool; the reference mixture is kept",
 }
 VERDICT_COLOURS = {"supported": "green", "extrapolating": "yellow", "unsupported": "red"}
@@ -33,6 +34,7 @@ STEP_SECONDS = {
     "train_proxy_runs": 240.0,
     "cate_model": 25.0,
     "cate_checks": 10.0,
+    "cate_interpretation": 5.0,
     "live_documents": 4.0,
     "baseline_mixtures": 3.0,
     "recommended_mixture": 6.0,

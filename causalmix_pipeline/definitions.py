@@ -7,6 +7,8 @@ import dagster as dg
 from causalmix_pipeline.assets import (
     design,
     effects,
+    imported,
+    interpretation,
     plan,
     pool,
     proxy,
@@ -38,7 +40,18 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         settings: what jobs, sensors and code versions are built from; None reads the file.
     """
     settings = settings or load_settings(config_file, missing_ok=True)
-    modules = [pool, design, plan, proxy, effects, recommendation, report, validation]
+    modules = [
+        pool,
+        design,
+        plan,
+        imported,
+        proxy,
+        effects,
+        interpretation,
+        recommendation,
+        report,
+        validation,
+    ]
     assets = [
         with_live_condition(with_settings_version(asset, settings))
         if isinstance(asset, dg.AssetsDefinition)

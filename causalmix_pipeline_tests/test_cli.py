@@ -20,7 +20,8 @@ from causalmix_pipeline_tests.conftest import write_documents
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "demo", "plan", "refresh", "status", "init", "ui", "doctor", "profile", "covariates",
-    "fetch-scorer", "fit", "predict", "recommend", "explain",
+    "fetch-scorer", "fit", "predict", "recommend", "pareto", "baselines", "explain", "top-up",
+    "condition",
 ]  # fmt: skip
 
 
@@ -45,7 +46,10 @@ def change_settings(path: Path, **sections) -> None:
 
 
 def test_the_commands_are_these():
-    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    names = [
+        command.name or getattr(command.callback, "__name__", "")
+        for command in app.registered_commands
+    ]
     assert sorted(names) == sorted(COMMANDS)
 
 

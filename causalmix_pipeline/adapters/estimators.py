@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.econml_forest import CausalForest
+from causalmix_pipeline.adapters.econml_forest import COORDINATES, CausalForest
 from causalmix_pipeline.adapters.extra_trees import ExtraTrees
 from causalmix_pipeline.adapters.gp_surface import ResponseSurface
 from causalmix_pipeline.adapters.lightgbm_surface import LightGBMSurface
@@ -42,6 +42,8 @@ ESTIMATOR_NAMES = (
     "structured_ridge",
     "causal_forest",
     "causal_forest_log",
+    "causal_forest_raw",
+    "causal_forest_ilr",
     "regmix",
     "lightgbm_state",
     "extra_trees",
@@ -69,10 +71,9 @@ def make_estimator(name: str, seed: int = 0) -> EffectEstimator:
         return ResponseSurface(blind=True, seed=seed)
     if name == "structured_ridge":
         return StructuredRidge()
-    if name == "causal_forest":
-        return CausalForest(seed=seed)
-    if name == "causal_forest_log":
-        return CausalForest(coordinates="log", seed=seed)
+    for coordinates, forest in COORDINATES.items():
+        if name == forest:
+            return CausalForest(coordinates=coordinates, seed=seed)
     if name in ("regmix", "lightgbm_state"):
         return LightGBMSurface(with_state=name == "lightgbm_state", seed=seed)
     if name == "extra_trees":
@@ -297,6 +298,7 @@ class CombinedEstimator:
         self._members: list[tuple[list[int], EffectEstimator]] = []
         self.task_correlation_TT = np.ones((n_tasks, n_tasks))
         self.noise_variance_T = np.full(n_tasks, np.nan)
+        self.needs_trust_region = False
         for name in dict.fromkeys(self.chosen.values()):
             columns = [t for t, task in enumerate(runs.tasks) if self.chosen[task] == name]
             tasks = [runs.tasks[t] for t in columns]
@@ -304,6 +306,7 @@ class CombinedEstimator:
             fit_member(member, runs.select_tasks(tasks), self._known.get(name))
             self.task_correlation_TT[np.ix_(columns, columns)] = member.task_correlation_TT
             self.noise_variance_T[columns] = getattr(member, "noise_variance_T", np.nan)
+            self.needs_trust_region |= getattr(member, "needs_trust_region", False)
             self._members.append((columns, member))
         return self
 

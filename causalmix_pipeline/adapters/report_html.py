@@ -7,16 +7,25 @@ from data is escaped by the template engine.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from causalmix_pipeline.adapters.beliefs_html import Beliefs, beliefs_view
+from causalmix_pipeline.adapters.interpretation_html import Interpretation, interpretation_view
+from causalmix_pipeline.adapters.page_parts import (
+    MINUS,
+    Axis,
+    is_known,
+    number_text,
+    share_text,
+    signed_text,
+    template_environment,
+    tokens_text,
+)
 
 #: Columns of each frame of `ReportData`.
 FRAME_COLUMNS = {
@@ -30,9 +39,6 @@ FRAME_COLUMNS = {
     "signal": ("task", "mixture_variance", "seed_variance", "ratio", "nats_per_token",
                "unigram_nats"),
 }  # fmt: skip
-
-#: How an unknown number and a minus sign are set.
-UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 #: What each covariate says, for readers who don't know its name.
 COVARIATE_LABELS = {
@@ -64,8 +70,10 @@ SERIES_CSS = {
 VERDICTS = {
     "supported": "The live pool is as near to the experiment's pool states as these are to each "
     "other. The predicted gain and its interval rest on proxy runs of pools like this one.",
-    "extrapolating": "The live pool lies a little beyond the experiment's pool states. Take the "
-    "predicted gain as a rough guide, and train the top-up runs before a large training run.",
+    "extrapolating": "The live pool lies beyond the experiment's pool states. Effects are read no "
+    "farther out than the runs can tell, and by the distance the interval is widened and a trust "
+    "radius made smaller. Take the predicted gain as a rough guide, and train the top-up runs "
+    "before a large training run.",
     "unsupported": "No proxy run has seen a pool like this one, so no gain can be promised: the "
     "reference mixture is kept. The top-up runs listed below would help.",
 }
@@ -88,7 +96,7 @@ class ReportData:
         overlap_score: distance of the live pool to the experiment's states, as `core.belief` has
             it; `supported` up to `supported_limit`, `unsupported` above `unsupported_limit`.
         supported_limit: largest score that counts as supported.
-        unsupported_limit: score from which the verdict is `unsupported`.
+        unsupported_limit: largest score that counts as extrapolating.
         gains: a row per mixture of `mixtures`, the weighted gain over the reference: `mixture`,
             `gain`, `low`, `high`.
         task_gains: a row per task, for the recommended mixture: `task`, `weight` (0 is only
@@ -110,6 +118,10 @@ class ReportData:
         budget_tokens: tokens of the planned training run, or None.
         top_up: proxy runs of the live pool's state that would help, a row each: `share__<domain>`
             for every domain; None where none are needed.
+        interpretation: effects of domains on the live pool, and what they depend on; None leaves
+            them out.
+        beliefs: what was tried to prove the effect model wrong, and what can't be known; None
+            leaves it out.
     """
 
     domains: tuple[str, ...]
@@ -131,6 +143,8 @@ class ReportData:
     made_at: str = ""
     budget_tokens: float | None = None
     top_up: pl.DataFrame | None = None
+    interpretation: Interpretation | None = None
+    beliefs: Beliefs | None = None
 
     def __post_init__(self) -> None:
         """Check names, lengths and columns: a wrong one is a bug of the caller."""
@@ -143,24 +157,11 @@ class ReportData:
             assert not missing, f"ReportData.{name} lacks {missing}"
 
 
-def template_environment() -> Environment:
-    """Where pages are made from their templates; values are escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("causalmix_pipeline.adapters", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def render_report(data: ReportData) -> str:
     """The report as the text of one HTML file."""
     environment = template_environment()
     environment.filters.update(
-        share=_share_text, number=_number_text, signed=_signed_text, tokens=_tokens_text
+        share=share_text, number=number_text, signed=signed_text, tokens=tokens_text
     )
     headline = _row_of(data.gains, "mixture", "recommended")
     view = {
@@ -181,6 +182,8 @@ def render_report(data: ReportData) -> str:
         "estimators": _estimator_groups(data),
         "signal": data.signal.to_dicts(),
         "top_up": _top_up_rows(data),
+        "shown": data.interpretation and interpretation_view(data.interpretation),
+        "believed": data.beliefs and beliefs_view(data.beliefs),
     }
     return environment.get_template("report.html.j2").render(view)
 
@@ -193,81 +196,10 @@ def write_report(path: Path, data: ReportData) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------- numbers as text
-
-
-def _is_known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _share_text(value: float) -> str:
-    """A share in percent: 0.5%, 7.2%, 34%."""
-    percent = 100 * value
-    return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"
-
-
-def _number_text(value: float | None) -> str:
-    """Three significant digits; a dash where unknown."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
-    if math.isinf(value):
-        return "∞"
-    size = abs(value)
-    if size == 0 or 1e-3 <= size < 1e5:
-        digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-        return f"{value:,.{digits}f}"
-    return f"{value:.1e}"
-
-
-def _signed_text(value: float | None) -> str:
-    """Three decimals with a sign, as gains are shown."""
-    if value is None or not math.isfinite(value):
-        return UNKNOWN
-    return f"{value:+.3f}".replace("-", MINUS)
-
-
-def _tokens_text(value: float) -> str:
-    """Tokens with a unit that people say: 3.2 million."""
-    for size, unit in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:,.0f}"
-
-
 def _row_of(frame: pl.DataFrame, column: str, value: str) -> dict[str, Any]:
     rows = frame.filter(pl.col(column) == value).to_dicts()
     assert rows, f"no row {value} in {frame[column].to_list()}"
     return rows[0]
-
-
-# ---------------------------------------------------------------------------- axes
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """A linear axis; `at` gives the position in percent."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-
-    @classmethod
-    def around(cls, low: float, high: float, n_ticks: int = 4) -> _Axis:
-        """Widen a range to round ticks."""
-        span = high - low
-        if not span > 0:
-            low, span = low - 0.5, 1.0
-            high = low + span
-        raw = span / n_ticks
-        power = 10 ** math.floor(math.log10(raw))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
-        return cls(ticks[0], ticks[-1], ticks)
-
-    def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(100 * min(max(share, 0.0), 1.0), 2)
 
 
 # ---------------------------------------------------------------------------- the mixture
@@ -293,14 +225,14 @@ def _series(data: ReportData) -> list[dict[str, str]]:
 
 def _share_axis(data: ReportData) -> dict[str, Any]:
     top = max(max(data.mixtures[s["key"]]) for s in _series(data))
-    axis = _Axis.around(0.0, top)
+    axis = Axis.around(0.0, top)
     return {"ticks": [{"x": axis.at(t), "text": f"{100 * t:.3g}%"} for t in axis.ticks]}
 
 
 def _share_rows(data: ReportData) -> list[dict[str, Any]]:
     """A row per domain, the largest recommended share first: bars of all mixtures."""
     series = _series(data)
-    axis = _Axis.around(0.0, max(max(data.mixtures[s["key"]]) for s in series))
+    axis = Axis.around(0.0, max(max(data.mixtures[s["key"]]) for s in series))
     chosen, reference = data.mixtures["recommended"], data.mixtures["reference"]
     order = sorted(range(len(data.domains)), key=lambda d: (-chosen[d], data.domains[d]))
     return [
@@ -334,7 +266,7 @@ def _task_rows(data: ReportData) -> list[dict[str, Any]]:
     total = data.task_gains["weight"].sum() or 1.0
     rows = []
     for row in data.task_gains.sort("weight", "task", descending=[True, False]).to_dicts():
-        note = f"weight {_share_text(row['weight'] / total)}" if row["weight"] else "only reported"
+        note = f"weight {share_text(row['weight'] / total)}" if row["weight"] else "only reported"
         rows.append({**row, "label": row["task"], "css": "s0" if row["weight"] else "s5",
                      "note": note})  # fmt: skip
     return rows
@@ -344,12 +276,12 @@ def _interval_plot(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Dots with whiskers on one axis that holds 0."""
     values = [0.0]
     for row in rows:
-        values += [row[name] for name in ("gain", "low", "high") if _is_known(row[name])]
-    axis = _Axis.around(min(values), max(values))
+        values += [row[name] for name in ("gain", "low", "high") if is_known(row[name])]
+    axis = Axis.around(min(values), max(values))
     placed = []
     for row in rows:
-        known = _is_known(row["low"]) and _is_known(row["high"])
-        x = axis.at(row["gain"]) if _is_known(row["gain"]) else None
+        known = is_known(row["low"]) and is_known(row["high"])
+        x = axis.at(row["gain"]) if is_known(row["gain"]) else None
         low, high = (axis.at(row["low"]), axis.at(row["high"])) if known else (None, None)
         placed.append({**row, "x": x, "x_low": low, "x_high": high})
     ticks = [{"x": axis.at(t), "text": f"{t:+.4g}".replace("-", MINUS) if t else "0"}
@@ -375,7 +307,7 @@ def _strip(row: dict[str, Any]) -> dict[str, Any]:
     span = max(high, live) - min(low, live)
     # A little air on both sides, so that a dot at the end is seen as such.
     pad = 0.06 * span if span > 0 else 1.0
-    axis = _Axis(min(low, live) - pad, max(high, live) + pad, ())
+    axis = Axis(min(low, live) - pad, max(high, live) + pad, ())
     return {
         "covariate": row["covariate"],
         "live": live,
@@ -428,11 +360,11 @@ def _scatters(frame: pl.DataFrame) -> list[dict[str, Any]]:
     for task in frame["task"].unique(maintain_order=True).to_list():
         part = frame.filter(pl.col("task") == task)
         pairs = [(abs(o), abs(p)) for o, p in part.select("observed", "predicted").iter_rows()
-                 if _is_known(o) and _is_known(p)]  # fmt: skip
+                 if is_known(o) and is_known(p)]  # fmt: skip
         if not pairs:
             continue
         flat = [value for pair in pairs for value in pair]
-        axis = _Axis.around(min(flat), max(flat), n_ticks=3)
+        axis = Axis.around(min(flat), max(flat), n_ticks=3)
         ticks = [{"at": axis.at(t), "text": f"{t:.4g}"} for t in axis.ticks]
         points = [(axis.at(o), round(100 - axis.at(p), 2)) for o, p in pairs]
         plots.append({"task": task, "points": points, "ticks": ticks, "n": len(points)})

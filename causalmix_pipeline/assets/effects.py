@@ -1,8 +1,10 @@
 """The effect model: which estimator answers for which task, and how far to believe it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import dagster as dg
+import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.estimators import (
@@ -12,13 +14,17 @@ from causalmix_pipeline.adapters.estimators import (
     make_estimator,
 )
 from causalmix_pipeline.adapters.experiment import collect_runs
+from causalmix_pipeline.adapters.quick_fits import more_runs, run_trials
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import STATE_COLUMNS, design_of, domains_of, state_values
 from causalmix_pipeline.assets.pictures import markdown_table
 from causalmix_pipeline.assets.proxy import records_of
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
 from causalmix_pipeline.core.covariate_choice import choose_covariates
+from causalmix_pipeline.core.errors import EstimationError
+from causalmix_pipeline.core.falsification import OBJECTIVE, frame_rows
 from causalmix_pipeline.core.power import Experiment, power_table
+from causalmix_pipeline.core.robustness import best_of_runs, robustness
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.resources.frame_store import VALUES
 from causalmix_pipeline.resources.progress import progress_teller
@@ -71,7 +77,7 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
     dagster_type=VALUES,
     group_name="effects",
     kinds={"python"},
-    code_version="2",
+    code_version="3",
     check_specs=[
         dg.AssetCheckSpec(
             "above_the_noise_floor",
@@ -86,16 +92,23 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
         dg.AssetCheckSpec(
             "beats_placebo",
             asset="cate_checks",
-            description="Predictions for unseen states are better than with shuffled mixtures.",
+            description="Predictions for unseen states go along with outcomes (test at 1%).",
+        ),
+        dg.AssetCheckSpec(
+            "state_matters",
+            asset="cate_checks",
+            description="Covariates tell what a blind prediction of unseen states misses (1%).",
         ),
     ],
 )
 def cate_checks(
     project: dg.ResourceParam[Project], run_table: pl.DataFrame, cate_model: dict
 ) -> dg.MaterializeResult:
-    """How far to believe the effect model: noise floor, confounding, placebo, per task.
+    """How far to believe the effect model: what could fail, what can't be known, more runs' worth.
 
-    Stale when the run table or the effect model changes.
+    Noise floor, confounding and placebo per task; tests of whether mixtures and pool states matter;
+    how strong a hidden confounder must be to explain the gain away; R2 by number of runs. Stale
+    when the run table, the effect model or the weights of the tasks change.
     """
     runs, seed = RunTable.from_frame(run_table), cate_model["seed"]
     floor, mixing = noise_floor(runs), confounding(runs, seed=seed)
@@ -108,6 +121,12 @@ def cate_checks(
         "power": seen,
         "treatment_r2": mixing.r2,
         "placebo": trial.to_dicts(),
+        **(
+            {"observational_sources": list(runs.observational_sources)}
+            if runs.observational_sources
+            else {}
+        ),
+        **effect_beliefs(runs, cate_model, project.settings.task_weights),
     }
     return dg.MaterializeResult(
         value=value,
@@ -122,9 +141,50 @@ def cate_checks(
                 [{"task": row["task"], **row["curve"]} for row in seen]
             ),
             "correlation with outcomes within states": markdown_table(trial.to_dicts()),
+            "do mixtures and states matter": markdown_table(value["falsification"]),
+            "what a hidden confounder needs": markdown_table([value["robustness"]["shown"]]),
+            "R2 within unseen states, by runs": markdown_table(value["learning_curve"]["table"]),
+            "twice the runs": value["learning_curve"]["sentence"],
         },
         check_results=list(belief_checks(value, project.settings.task_weights)),
     )
+
+
+def effect_beliefs(runs: RunTable, cate_model: Mapping, weights: Mapping[str, float]) -> dict:
+    """The tests that can fail, the robustness value and the learning curve, fit for JSON."""
+    seed, parameters = cate_model["seed"], cate_model["parameters"]
+    weights_T = np.array([weights.get(task, 0.0) for task in runs.tasks])
+    weights_T = weights_T / weights_T.sum()
+    left_out_NT = np.column_stack([cate_model["out_of_fold"][task] for task in runs.tasks])
+    more = more_runs(runs, weights_T, parameters, seed)
+    return {
+        "falsification": frame_rows(run_trials(runs, weights_T, left_out_NT, seed)),
+        "robustness": _robustness(runs, cate_model, weights_T),
+        "learning_curve": {
+            "estimator": None if more is None else more.estimator,
+            "table": [] if more is None else more.curve.table.to_dicts(),
+            "sentence": "can't be told from so few runs" if more is None else more.curve.describe(),
+        },
+    }
+
+
+def _robustness(runs: RunTable, cate_model: Mapping, weights_T: np.ndarray) -> dict:
+    """Robustness of the gain of the runs' best mixtures over the equal one."""
+    estimator = fit_chosen(
+        runs, cate_model["chosen"], cate_model["seed"], parameters=cate_model["parameters"]
+    )
+    equal_D = np.full(len(runs.domains), 1 / len(runs.domains))
+    try:
+        best_D = best_of_runs(estimator, runs, equal_D, weights_T)
+        found = asdict(robustness(runs, best_D, equal_D, weights_T))
+    except EstimationError as error:
+        return {"shown": {"can't be told": str(error)}}
+    names = {
+        "gain": "gain over equal",
+        "value": "partial R2 that takes the gain",
+        "value_lower": "its lower bound",
+    }
+    return found | {"shown": {word: found[name] for name, word in names.items()}}
 
 
 def power_rows(power: Sequence[Mapping]) -> list[dict]:
@@ -142,17 +202,15 @@ def power_rows(power: Sequence[Mapping]) -> list[dict]:
 
 
 def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.AssetCheckResult]:
-    """Turn what was found into the three checks; each only warns: a person may know better."""
+    """Turn what was found into the four checks; each only warns: a person may know better.
+
+    What can't be told doesn't pass.
+    """
     wanted = [task for task, weight in weights.items() if weight > 0]
     drowned = [
         row["task"]
         for row in value["noise_floor"]
         if row["task"] in wanted and row["above_noise"] is False
-    ]
-    lost = [
-        row["task"]
-        for row in value["placebo"]
-        if row["task"] in wanted and not row["real"] > row["mixtures_permuted"]
     ]
     passed = {
         "above_the_noise_floor": (
@@ -160,10 +218,16 @@ def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.Asset
             {"tasks in the noise": ", ".join(drowned) or "none"},
         ),
         "randomised": (
-            value["treatment_r2"] <= OBSERVATIONAL_R2,
-            {"R2": value["treatment_r2"], "limit": OBSERVATIONAL_R2},
+            value["treatment_r2"] <= OBSERVATIONAL_R2 and not value.get("observational_sources"),
+            {
+                "R2": value["treatment_r2"],
+                "limit": OBSERVATIONAL_R2,
+                "sources not declared randomised": ", ".join(value.get("observational_sources", []))
+                or "none",
+            },
         ),
-        "beats_placebo": (not lost, {"tasks no better": ", ".join(lost) or "none"}),
+        "beats_placebo": _verdict(value["falsification"], "mixtures_matter", wanted),
+        "state_matters": _verdict(value["falsification"], "states_matter", [OBJECTIVE]),
     }
     return [
         dg.AssetCheckResult(
@@ -171,6 +235,17 @@ def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.Asset
         )
         for name, (ok, metadata) in passed.items()
     ]
+
+
+def _verdict(trials: Sequence[Mapping], check: str, tasks: Sequence[str]) -> tuple[bool, dict]:
+    """Whether all of the tasks pass a test, and what to say of those that don't."""
+    asked = [row for row in trials if row["check"] == check and row["task"] in tasks]
+    failed = [row["task"] for row in asked if row["passed"] is False]
+    reasons = sorted({row["reason"] for row in asked if row["passed"] is None})
+    metadata = {"not shown for": ", ".join(failed) or "none"}
+    if reasons:
+        metadata["can't be told"] = "; ".join(reasons)
+    return all(row["passed"] for row in asked), metadata
 
 
 #: Estimator of the search over covariates: some hundred fits in a minute or two.

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 import dagster as dg
+import numpy as np
 import polars as pl
 
 from causalmix_pipeline.core.effects import Z90
@@ -96,6 +97,42 @@ def moves_plot(moves: pl.DataFrame, limit: int = 12, unit: str = "standard devia
             parts.append(_text(at, len(rows) + 1, f"{place:.2g}", anchor="middle", css="faint"))
     if below:
         parts.append(_text(8, len(rows) + 2, below, css="faint"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
+        f'viewBox="0 0 {width:.0f} {height}" role="img" aria-label="{html.escape(title)}">'
+        f'<style>{PLOT_CSS}</style><rect class="back" width="100%" height="100%"/>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def effect_map(size_CD: np.ndarray, covariates: Sequence[str], domains: Sequence[str]) -> str:
+    """How far covariates (rows) move the effect of each domain (columns), an SVG document.
+
+    Args:
+        size_CD: sizes >= 0; the darkest cell is the largest.
+        covariates: names of the rows.
+        domains: names of the columns.
+    """
+    rows = [_shortened(name, 40) for name in covariates]
+    heads = [_shortened(name, 16) for name in domains]
+    title = "How far a covariate (row) moves the effect of a domain (column)"
+    label_width = LETTER_WIDTH * max(map(_letters, rows), default=0) + 16
+    cell = max(LETTER_WIDTH * max(map(_letters, heads), default=0) + 12, 56)
+    width = max(label_width + cell * len(heads) + 8, LETTER_WIDTH * _letters(title) + 32)
+    height = ROW_HEIGHT * (len(rows) + 2) + 8
+    top = float(size_CD.max(initial=0.0)) or 1.0
+    parts = [_text(8, 0, title)]
+    middles = [label_width + (i + 0.5) * cell for i in range(len(heads))]
+    parts += [_text(x, 1, head, anchor="middle") for x, head in zip(middles, heads, strict=True)]
+    for number, (name, sizes) in enumerate(zip(rows, size_CD, strict=True), start=2):
+        parts.append(_text(label_width - 8, number, name, anchor="end"))
+        for x, size in zip(middles, sizes, strict=True):
+            parts.append(
+                f'<rect class="bar" x="{x - cell / 2 + 1:.1f}" y="{ROW_HEIGHT * number + 4}" '
+                f'width="{cell - 2:.1f}" height="{ROW_HEIGHT - 2}" '
+                f'opacity="{0.55 * size / top:.3f}"/>'
+            )
+            parts.append(_text(x, number, f"{size:.2g}", anchor="middle"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
         f'viewBox="0 0 {width:.0f} {height}" role="img" aria-label="{html.escape(title)}">'

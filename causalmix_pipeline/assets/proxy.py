@@ -9,6 +9,7 @@ import polars as pl
 from causalmix_pipeline.adapters.experiment import collect_runs
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import design_of, domains_of, specs_of, state_values
+from causalmix_pipeline.assets.imported import join_imported
 from causalmix_pipeline.assets.pictures import loss_curves, markdown_table, svg_picture
 from causalmix_pipeline.assets.plan import refuse_over_budget
 from causalmix_pipeline.core.errors import ProxyError
@@ -315,12 +316,14 @@ def run_table(
     pool_states: pl.DataFrame,
     mixture_design: pl.DataFrame,
     eval_tasks: dict,
+    imported_runs: pl.DataFrame,
 ) -> dg.MaterializeResult:
     """One row per finished proxy run: covariates of its pool state, mixture, outcome per task.
 
     What every effect estimator is fitted on. Outcomes are minus bits per byte of held-out text, or
-    the score on questions, so larger is better; runs that diverged or lack one are left out. Stale
-    when proxy runs or the list of covariates change.
+    the score on questions, so larger is better; runs that diverged or lack one are left out.
+    Imported runs come after the own ones, each source on the level of these. Stale when proxy
+    runs, imported runs or the list of covariates change.
     """
     domains = domains_of(mixture_design)
     runs = collect_runs(
@@ -332,14 +335,17 @@ def run_table(
         tasks=eval_tasks["tasks"],
         directions=project.settings.task_directions,
     )
+    left_out = proxy_runs.height - runs.n_runs
+    runs, found = join_imported(runs, imported_runs)
     frame = runs.to_frame()
     return dg.MaterializeResult(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "runs": float(runs.n_runs),
-            "left out (diverged or without an outcome)": float(proxy_runs.height - runs.n_runs),
+            "left out (diverged or without an outcome)": float(left_out),
             "pool states": float(runs.n_states),
             "covariates a domain": float(len(runs.covariates)),
+            **found,
         },
     )

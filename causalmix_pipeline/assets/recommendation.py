@@ -8,11 +8,13 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.estimators import fit_chosen, make_estimator
+from causalmix_pipeline.adapters.asked_estimator import fit_asked
+from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
+from causalmix_pipeline.adapters.estimators import fit_chosen
 from causalmix_pipeline.adapters.exporter import Export, write_export
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import markdown_table, share_bars
-from causalmix_pipeline.core.belief import Overlap, overlap
+from causalmix_pipeline.core.belief import Overlap, reach_of
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.policy import Constraints, Recommendation, recommend, weighted_gain
@@ -21,34 +23,8 @@ from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 
-#: Candidates of the RegMix baseline, and how many of the best are averaged (arXiv 2407.01492).
-REGMIX_CANDIDATES = 100_000
-REGMIX_BEST = 128
-
 #: Proxy runs offered where the live pool is out of reach of the runs.
 TOP_UP_RUNS = 16
-
-#: Part of the trust radius that is left where the live pool is only nearly within reach.
-EXTRAPOLATING_RADIUS = 0.5
-
-
-def regmix_mixture(
-    runs: RunTable, natural_D: np.ndarray, weights_T: np.ndarray, *, seed: int
-) -> np.ndarray:
-    """RegMix's mixture: the mean of the best candidates around the natural mixture.
-
-    Source: arXiv 2407.01492; Dirichlet candidates whose strength is log-uniform in .1-5.
-    """
-    wanted = [task for task, weight in zip(runs.tasks, weights_T, strict=True) if weight > 0]
-    estimator = make_estimator("regmix", seed).fit(runs.select_tasks(wanted))
-    rng = np.random.default_rng([seed, 2])
-    strength_M = np.exp(rng.uniform(np.log(0.1), np.log(5.0), REGMIX_CANDIDATES))
-    alpha_MD = strength_M[:, None] * len(natural_D) * np.maximum(natural_D, 1e-3)
-    gamma_MD = np.maximum(rng.standard_gamma(alpha_MD), 1e-300)
-    candidate_MD = gamma_MD / gamma_MD.sum(axis=1, keepdims=True)
-    score_M = estimator.predict(runs.state_NDP[0], candidate_MD) @ weights_T[weights_T > 0]
-    best = np.argsort(-score_M, kind="stable")[:REGMIX_BEST]
-    return candidate_MD[best].mean(axis=0)
 
 
 def weights_of(settings: Settings, runs: RunTable) -> np.ndarray:
@@ -72,7 +48,7 @@ def simplex_check(name: str, mixtures: Sequence[np.ndarray]) -> dg.AssetCheckRes
     dagster_type=FRAME,
     group_name="recommendation",
     kinds={"lightgbm"},
-    code_version="1",
+    code_version="2",
     check_specs=[
         dg.AssetCheckSpec(
             "baselines_sum_to_one",
@@ -85,24 +61,24 @@ def simplex_check(name: str, mixtures: Sequence[np.ndarray]) -> dg.AssetCheckRes
 def baseline_mixtures(
     project: dg.ResourceParam[Project], live_covariates: pl.DataFrame, run_table: pl.DataFrame
 ) -> dg.MaterializeResult:
-    """One row per domain, one column per baseline: equal, natural, RegMix and the reference.
+    """One row per domain, one column per baseline, and the reference, which is one of them.
 
-    What the recommended mixture is held against. Stale when the live pool's token shares, the run
-    table, or task weights change.
+    What the recommended mixture is held against: equal, natural, fixed (where it is set), the best
+    point of a grid, RegMix, the log-linear law, and, where each domain has a task of its name, DMO.
+    The gains predicted of them are in `recommended_mixture`. Stale when the live pool's token
+    shares, the run table, or task weights change.
     """
     runs, settings = RunTable.from_frame(run_table), project.settings
     natural_D = live_covariates["natural_share"].to_numpy()
-    equal_D = np.full(len(natural_D), 1 / len(natural_D))
-    fixed = settings.policy.fixed_mixture or {}
-    mixtures = {
-        "equal": equal_D,
-        "natural": natural_D,
-        "regmix": regmix_mixture(runs, natural_D, weights_of(settings, runs), seed=settings.seed),
-        "fixed": np.array([fixed.get(domain, 0.0) for domain in runs.domains]),
-    }
+    fixed = settings.policy.fixed_mixture
+    mixtures = make_baselines(
+        runs,
+        weights_of(settings, runs),
+        natural_D,
+        None if fixed is None else np.array([fixed.get(domain, 0.0) for domain in runs.domains]),
+        seed=settings.seed,
+    )
     mixtures["reference"] = mixtures[settings.policy.reference]
-    if not fixed:
-        del mixtures["fixed"]
     frame = pl.DataFrame({"domain": runs.domains, **mixtures})
     return dg.MaterializeResult(
         value=frame,
@@ -125,12 +101,12 @@ def interval(gain: float, se: float) -> dict[str, float | None]:
 
 
 def constraints_of(
-    settings: Settings, live_covariates: pl.DataFrame, reference_D: np.ndarray, verdict: str
+    settings: Settings, live_covariates: pl.DataFrame, reference_D: np.ndarray
 ) -> Constraints:
-    """What the mixture must keep to; nearly out of reach of the runs, half the trust radius."""
+    """What the mixture must keep to."""
     policy, n_domains = settings.policy, len(reference_D)
     available_D = live_covariates["tokens"].to_numpy().astype(float)
-    constraints = Constraints(
+    return Constraints(
         reference_D,
         np.full(n_domains, policy.least_share),
         np.full(n_domains, policy.most_share),
@@ -138,10 +114,8 @@ def constraints_of(
         budget_tokens=float(policy.budget_tokens or available_D.sum()),
         available_D=available_D,
         max_epochs=policy.max_epochs,
+        guard_rails=policy.guard_rails,
     )
-    if verdict == "extrapolating" and policy.trust_radius is not None:
-        return replace(constraints, trust_radius=policy.trust_radius * EXTRAPOLATING_RADIUS)
-    return constraints
 
 
 def keep_reference(
@@ -170,16 +144,15 @@ def describe_gains(
     mixtures: dict[str, np.ndarray],
     reference_D: np.ndarray,
     weights_T: np.ndarray,
-    *,
-    promised: bool,
+    reach: Overlap,
 ) -> list[dict]:
     """Weighted gain of each mixture over the reference, in bits per byte, with its interval."""
     mixture_MD = np.stack(list(mixtures.values()))
     gain_M, se_M = weighted_gain(estimator, state_DP, mixture_MD, reference_D, weights_T)
-    if not promised:
+    if reach.verdict == "unsupported":
         gain_M = se_M = np.full(len(mixtures), math.nan)
     return [
-        {"mixture": name, **interval(gain, se)}
+        {"mixture": name, **interval(gain, se * reach.doubt)}
         for name, gain, se in zip(mixtures, gain_M, se_M, strict=True)
     ]
 
@@ -224,28 +197,41 @@ def choose_mixture(
     chosen = cate_model["chosen"]
     kept = (settings.seed, cate_model["parameters"], cate_model["interval_factors"])
     estimator = fit_chosen(runs, chosen, *kept)
-    counted = [task for task, weight in zip(runs.tasks, weights_T, strict=True) if weight > 0]
-    # The search asks for thousands of gains: only of the tasks that count.
-    searched = fit_chosen(runs.select_tasks(counted), {t: chosen[t] for t in counted}, *kept)
-    state_DP = live_covariates.select(runs.covariates).to_numpy()
-    reach = overlap(state_DP, runs.distinct_states()[1], domains, runs.covariates)
-    reference_D = baselines["reference"].to_numpy()
-    constraints = constraints_of(settings, live_covariates, reference_D, reach.verdict)
+    reach = reach_of(runs, live_covariates.select(runs.covariates).to_numpy())
+    state_DP, reference_D = reach.edge_DP, baselines["reference"].to_numpy()
+    constraints = constraints_of(settings, live_covariates, reference_D).doubted(reach.doubt)
     if reach.verdict == "unsupported":
         choice = keep_reference(estimator, state_DP, constraints, domains)
     else:
+        asked = fit_asked(
+            runs,
+            chosen,
+            dict(zip(runs.tasks, weights_T.tolist(), strict=True)),
+            constraints.guard_rails,
+            policy=settings.policy.name,
+            seed=settings.seed,
+            parameters=cate_model["parameters"],
+            interval_factors=cate_model["interval_factors"],
+        )
         choice = recommend(
             settings.policy.name,
-            searched,
+            asked.estimator,
             state_DP,
-            weights_T[weights_T > 0],
+            asked.weights_T,
             constraints,
             domains=domains,
+            tasks=asked.tasks,
+            design_ND=runs.mixture_ND,
             confidence_z=settings.policy.confidence_z,
             seed=settings.seed,
         )
         by_task = estimator.gain(state_DP, choice.mixture_D[None], reference_D)
-        choice = replace(choice, gain_T=by_task.mean_MT[0], gain_se_T=by_task.se_MT[0])
+        choice = replace(
+            choice,
+            gain_se=choice.gain_se * reach.doubt,
+            gain_T=by_task.mean_MT[0],
+            gain_se_T=by_task.se_MT[0] * reach.doubt,
+        )
     mixtures = {"recommended": choice.mixture_D} | {
         name: baselines[name].to_numpy() for name in baselines.columns if name != "domain"
     }
@@ -265,12 +251,13 @@ def choose_mixture(
             mixtures,
             reference_D,
             weights_T,
-            promised=reach.verdict != "unsupported",
+            reach,
         ),
         "task_gains": describe_tasks(
             runs, choice, weights_T, estimator.predict(state_DP, reference_D[None])[0]
         ),
         "slack": choice.slack.to_dicts(),
+        "only_reference": choice.only_reference,
         "unconstrained": choice.unconstrained_D.tolist(),
         "unconstrained_gain": choice.unconstrained_gain,
         "budget_tokens": constraints.budget_tokens,
@@ -290,7 +277,7 @@ def mixture_rows(value: dict) -> list[dict]:
     dagster_type=VALUES,
     group_name="recommendation",
     kinds={"python"},
-    code_version="1",
+    code_version="2",
     check_specs=[
         dg.AssetCheckSpec(
             "mixture_sums_to_one",
@@ -333,6 +320,11 @@ def recommended_mixture(
         metadata={
             "gain": dg.MetadataValue.float(value["gain"]),
             "verdict": value["verdict"],
+            **(
+                {"guard rails": "forbid whatever is better than the reference"}
+                if value["only_reference"]
+                else {}
+            ),
             "overlap score (supported up to 1)": dg.MetadataValue.float(value["overlap_score"]),
             "recommended": share_bars(dict(zip(value["domains"], best, strict=True))),
             "beside the baselines": markdown_table(mixture_rows(value)),

@@ -5,8 +5,12 @@ from collections.abc import Mapping
 import dagster as dg
 import polars as pl
 
+from causalmix_pipeline.adapters.beliefs_html import Beliefs
+from causalmix_pipeline.adapters.interpretation_html import Interpretation
 from causalmix_pipeline.adapters.report_html import ReportData, write_report
 from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.assets.interpretation import live_interpretation
+from causalmix_pipeline.assets.recommendation import weights_of
 from causalmix_pipeline.core.belief import UNSUPPORTED_FACTOR
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.resources.frame_store import VALUES
@@ -61,6 +65,21 @@ def signal_rows(
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(floats, pl.Float64))
 
 
+def beliefs_of(cate_checks: Mapping) -> Beliefs:
+    """What the checks of the effect model found, for the report."""
+    found = cate_checks["robustness"]
+    known = "value" in found
+    return Beliefs(
+        treatment_r2=cate_checks["treatment_r2"],
+        observational_sources=cate_checks.get("observational_sources", ()),
+        trials=cate_checks["falsification"],
+        gain_of="the best mixtures of the runs",
+        confounder=(found["value"], found["value_lower"]) if known else None,
+        why_unknown="" if known else found["shown"]["can't be told"],
+        more_runs=cate_checks["learning_curve"]["sentence"],
+    )
+
+
 def rows_frame(rows: list[dict]) -> pl.DataFrame:
     """Rows as a frame whose number columns stay numbers where every value is unknown."""
     frame = pl.DataFrame(rows, infer_schema_length=None)
@@ -73,6 +92,8 @@ def report_data(
     runs: RunTable,
     cate_model: Mapping,
     signal: pl.DataFrame,
+    interpretation: Interpretation | None = None,
+    beliefs: Beliefs | None = None,
 ) -> ReportData:
     """Everything the report shows."""
     slack_schema = {
@@ -108,10 +129,12 @@ def report_data(
         policy=recommended["policy"],
         budget_tokens=recommended["budget_tokens"],
         top_up=pl.DataFrame(recommended["top_up"]) if recommended["top_up"] else None,
+        interpretation=interpretation,
+        beliefs=beliefs,
     )
 
 
-@dg.asset(dagster_type=VALUES, group_name="recommendation", kinds={"html"}, code_version="1")
+@dg.asset(dagster_type=VALUES, group_name="recommendation", kinds={"html"}, code_version="2")
 def report(
     project: dg.ResourceParam[Project],
     recommended_mixture: dict,
@@ -119,6 +142,7 @@ def report(
     run_table: pl.DataFrame,
     cate_model: dict,
     cate_checks: dict,
+    cate_interpretation: dict,
     proxy_runs: pl.DataFrame,
     eval_tasks: dict,
 ) -> dg.MaterializeResult:
@@ -129,7 +153,23 @@ def report(
     """
     runs = RunTable.from_frame(run_table)
     signal = signal_rows(cate_checks, proxy_runs, eval_tasks)
-    data = report_data(recommended_mixture, live_covariates, runs, cate_model, signal)
+    interpretation = live_interpretation(
+        runs,
+        cate_model,
+        cate_interpretation,
+        recommended_mixture,
+        live_covariates,
+        weights_of(project.settings, runs),
+    )
+    data = report_data(
+        recommended_mixture,
+        live_covariates,
+        runs,
+        cate_model,
+        signal,
+        interpretation,
+        beliefs_of(cate_checks),
+    )
     path = write_report(project.folder("reports", "report.html"), data)
     value = {"path": str(path), "recommended_mixture": content_digest(recommended_mixture)}
     return dg.MaterializeResult(

@@ -42,6 +42,21 @@ def _outcomes(settings: Settings) -> Any:
     return [settings.covariates, odd] if odd else settings.covariates
 
 
+def _imported(settings: Settings) -> Any:
+    """Tables of runs made elsewhere, with their content, and what is read of them."""
+    tables = [
+        [
+            table.model_dump(mode="json"),
+            *(
+                file_digest(settings.resolve(path))
+                for path in (table.ratios, table.metrics, table.covariates)
+            ),
+        ]
+        for table in settings.imported_runs
+    ]
+    return [tables, _outcomes(settings), sorted(settings.task_weights)] if tables else []
+
+
 _ODD_DIRECTIONS = [("minimize", kind) for kind in ("choice", "exact", "lm_eval")]
 
 
@@ -88,9 +103,11 @@ DEPENDS_ON: dict[str, Callable[[Settings], Any]] = {
     "normaliser": _ranges,
     "mixture_design": lambda s: [s.design.model_dump(mode="json"), s.n_runs, _proxy(s)],
     "proxy_plan": lambda s: s.budget.model_dump(mode="json"),
+    "imported_runs": _imported,
     "run_table": _outcomes,
     "cate_model": lambda s: [s.estimators, s.seed],
-    "cate_checks": lambda s: s.seed,
+    "cate_checks": lambda s: [s.seed, s.task_weights],
+    "cate_interpretation": lambda s: s.task_weights,
     "live_documents": _measured,
     "live_covariates": lambda s: s.covariates,
     "baseline_mixtures": _objective,

@@ -29,15 +29,24 @@ NEIGHBOURS = 5
 MINIMUM_OVERLAP_STATES = NEIGHBOURS + 2
 
 #: Exponent of the mean over domains. At 1 a shift of one domain drowns among the others (a shift by
-#: 3 standard deviations is `unsupported` in 1-17% of states), at 4 it doesn't (74-98%) and a shift
+#: 3 standard deviations scores above 1.5 in 1-17% of states), at 4 it doesn't (74-98%) and a shift
 #: of all domains is still seen (AUC .97 at 1 standard deviation, .93 for the farthest domain).
 DOMAIN_EXPONENT = 4.0
 
 #: Quantile of the runs' own distances up to which a state is `supported`.
 SUPPORTED_QUANTILE = 0.95
 
-#: Multiple of that distance up to which a state is `extrapolating`, beyond it `unsupported`.
-UNSUPPORTED_FACTOR = 1.5
+#: Multiple of that distance up to which a state is `extrapolating`, beyond it `unsupported`: about
+#: where every covariate lies 4 standard deviations off. Up to there the mixture recommended by the
+#: rule below beat the reference in 96% of simulated pools (`docs/RESULTS.md`).
+UNSUPPORTED_FACTOR = 4.0
+
+#: Score of the farthest state that effects are read at. Read on without end, gains at 4 standard
+#: deviations were promised .5 sd higher, and regret was .63 against .50 (`docs/RESULTS.md`).
+EDGE_SCORE = 2.0
+
+#: Bisections that find that state; each halves the error.
+_EDGE_STEPS = 20
 
 #: How far a covariate that never varied among the runs may move before its state counts as
 #: extrapolating: a share of its value, or this much where it was 0.
@@ -56,18 +65,31 @@ class Overlap:
 
     Attributes:
         score: distance to the nearest states over the runs' 95th percentile of the same distance,
-            each run's own state left out; up to 1 is supported, beyond 1.5 unsupported.
+            each run's own state left out; up to 1 is supported, beyond 4 unsupported.
         verdict: `supported`, `extrapolating` or `unsupported`.
         domain_score_D: the same for each domain alone; shape (D,). Says which domain is far.
         drift: one row per covariate: `domain`, `covariate`, `value`, the runs' `least`, `most`,
             `mean`, `z` (standard deviations from the mean; null where it never varied), and
             `inside` (whether the value lies within the runs' reach).
+        edge_DP: the state that effects are read at: the state itself up to a score of 2, else the
+            last one so near on the way to it from the mean of the runs' states. Straight on,
+            effects grow without end and promise what no run has shown; shape (D, P).
     """
 
     score: float
     verdict: str
     domain_score_D: np.ndarray
     drift: pl.DataFrame
+    edge_DP: np.ndarray
+
+    @property
+    def doubt(self) -> float:
+        """What the standard errors of gains are multiplied by, and a trust radius divided by.
+
+        1 within reach, beyond it the score: so widened, 90% intervals covered 84% to 99% of the
+        true gains at shifts of 1 to 4 standard deviations, and 60% to 76% as they were.
+        """
+        return max(1.0, self.score)
 
 
 def overlap(
@@ -93,22 +115,65 @@ def overlap(
     """
     state_DP, state_SDP = np.asarray(state_DP, dtype=float), np.asarray(state_SDP, dtype=float)
     _check_states(state_DP, state_SDP)
-    scaler = StateScaler.fit(state_SDP)
-    scaled_DP, scaled_SDP = scaler.transform(state_DP), scaler.transform(state_SDP)
-    own_SD = _nearest(scaled_SDP, scaled_SDP, skip=1)
-    typical_D = own_SD.mean(axis=0)
-    safe_D = np.where(typical_D > 0, typical_D, 1.0)
-    new_D = _nearest(scaled_DP[None], scaled_SDP, skip=0)[0]
-    limit = np.quantile(_join(own_SD / safe_D), SUPPORTED_QUANTILE)
-    limit_D = np.quantile(own_SD, SUPPORTED_QUANTILE, axis=0)
-    score = float(_join(new_D / safe_D) / limit) if limit > 0 else 0.0
-    drift = _drift(state_DP, state_SDP, scaler, domains, covariates)
+    reach = _Reach.of(state_SDP)
+    score = reach.score(state_DP)
     return Overlap(
         score=score,
-        verdict=_verdict(score, _moved_constant(state_DP, scaler)),
-        domain_score_D=new_D / np.where(limit_D > 0, limit_D, 1.0),
-        drift=drift,
+        verdict=_verdict(score, _moved_constant(state_DP, reach.scaler)),
+        domain_score_D=reach.domain_scores(state_DP),
+        drift=_drift(state_DP, state_SDP, reach.scaler, domains, covariates),
+        edge_DP=reach.edge(state_DP),
     )
+
+
+def reach_of(runs: RunTable, state_DP: np.ndarray) -> Overlap:
+    """`overlap` with the states of the runs, each counted by its mixtures; never far without any.
+
+    Without covariates all pools are alike, and every one is supported.
+    """
+    if runs.covariates:
+        return overlap(state_DP, runs.weighed_states(), runs.domains, runs.covariates)
+    nowhere_D = np.zeros(len(runs.domains))
+    return Overlap(0.0, "supported", nowhere_D, pl.DataFrame(), np.asarray(state_DP, dtype=float))
+
+
+@dataclass(frozen=True, eq=False)
+class _Reach:
+    """How far the runs' states lie apart: the yardstick of a new state's distance."""
+
+    scaler: StateScaler
+    scaled_SDP: np.ndarray
+    own_SD: np.ndarray
+
+    @classmethod
+    def of(cls, state_SDP: np.ndarray) -> _Reach:
+        scaler = StateScaler.fit(state_SDP)
+        scaled_SDP = scaler.transform(state_SDP)
+        return cls(scaler, scaled_SDP, _nearest(scaled_SDP, scaled_SDP, skip=1))
+
+    def score(self, state_DP: np.ndarray) -> float:
+        typical_D = self.own_SD.mean(axis=0)
+        safe_D = np.where(typical_D > 0, typical_D, 1.0)
+        limit = np.quantile(_join(self.own_SD / safe_D), SUPPORTED_QUANTILE)
+        return float(_join(self._distance_D(state_DP) / safe_D) / limit) if limit > 0 else 0.0
+
+    def domain_scores(self, state_DP: np.ndarray) -> np.ndarray:
+        limit_D = np.quantile(self.own_SD, SUPPORTED_QUANTILE, axis=0)
+        return self._distance_D(state_DP) / np.where(limit_D > 0, limit_D, 1.0)
+
+    def edge(self, state_DP: np.ndarray) -> np.ndarray:
+        if self.score(state_DP) <= EDGE_SCORE:
+            return state_DP
+        step_DP = state_DP - self.scaler.mean_DP
+        low, high = 0.0, 1.0
+        for _ in range(_EDGE_STEPS):
+            middle = (low + high) / 2
+            inside = self.score(self.scaler.mean_DP + middle * step_DP) <= EDGE_SCORE
+            low, high = (middle, high) if inside else (low, middle)
+        return self.scaler.mean_DP + low * step_DP
+
+    def _distance_D(self, state_DP: np.ndarray) -> np.ndarray:
+        return _nearest(self.scaler.transform(state_DP)[None], self.scaled_SDP, skip=0)[0]
 
 
 def noise_floor(runs: RunTable) -> pl.DataFrame:

@@ -31,6 +31,9 @@ OUTLIER_LIMIT = 50.0
 #: Smallest standard deviation that counts as variation, relative to the size of the values.
 RELATIVE_FLOOR = 1e-9
 
+#: Most that standard errors are multiplied by: beyond it, no interval says anything.
+WIDEST = 100.0
+
 #: Half-width of a two-sided 90% normal interval, in standard errors.
 Z90 = 1.6448536269514722
 
@@ -179,7 +182,7 @@ def score_folds(
 ) -> CrossValidation:
     """Score the predictions of all folds; see `CrossValidation`."""
     joined = join_folds(folds)
-    frame = _score_table(runs, joined.prediction_NT, _surprise(runs, fold_N, joined))
+    frame = _score_table(runs, joined.prediction_NT, _errors(runs, fold_N, joined))
     return CrossValidation(joined.name, runs.run_ids, fold_N, joined.prediction_NT, frame)
 
 
@@ -374,21 +377,48 @@ def _rows_by_state(runs: RunTable, mask_N: np.ndarray) -> list[tuple[np.ndarray,
     return [(rows, runs.state_NDP[rows[0]]) for rows in by_run]
 
 
-def _surprise(runs: RunTable, fold_N: np.ndarray, joined: FoldPrediction) -> np.ndarray:
-    """Errors of gains over the state's first run, in standard errors; nan if there are none.
+def _errors(
+    runs: RunTable, fold_N: np.ndarray, joined: FoldPrediction
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Errors of gains over the state's first run, and the two parts of their variance.
 
-    The standard error adds the seed noise of the two runs to that of the expected gain.
+    Returns:
+        Distance of the observed gain from the predicted, variance of the expected gain, variance
+        of the two runs' seed noise; shapes (N, T), nan where there is no gain or no error.
     """
     error_NT = np.full(runs.outcome_NT.shape, np.nan)
     for fold in np.unique(fold_N):
         for rows, _ in _rows_by_state(runs, fold_N == fold):
             rise_MT = runs.outcome_NT[rows[1:]] - runs.outcome_NT[rows[0]]
             error_NT[rows[1:]] = rise_MT - joined.gain_NT[rows[1:]]
-    return np.abs(error_NT) / np.sqrt(joined.se_NT**2 + 2 * joined.noise_NT)
+    return np.abs(error_NT), joined.se_NT**2, 2 * joined.noise_NT
+
+
+def widening(error_M: np.ndarray, variance_M: np.ndarray, noise_M: np.ndarray) -> float:
+    """By what standard errors must grow so that 90% of held-out gains are inside; 1 or more.
+
+    Args:
+        error_M: distance of each observed gain from the predicted.
+        variance_M: variance of the predicted gain.
+        noise_M: variance of the seed noise in the observed one; it doesn't grow.
+    """
+
+    def covered(factor: float) -> float:
+        return float(np.mean(error_M <= Z90 * np.sqrt(factor**2 * variance_M + noise_M)))
+
+    if covered(1.0) >= 0.9:
+        return 1.0
+    low, high = 1.0, WIDEST
+    for _ in range(40):
+        middle = np.sqrt(low * high)
+        low, high = (low, middle) if covered(middle) >= 0.9 else (middle, high)
+    return float(high)
 
 
 def _score_table(
-    runs: RunTable, prediction_NT: np.ndarray, surprise_NT: np.ndarray
+    runs: RunTable,
+    prediction_NT: np.ndarray,
+    errors_NT: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> pl.DataFrame:
     observed_NT = runs.outcome_NT
     within_NT = center_by_state(observed_NT, runs.state_ids)
@@ -397,7 +427,9 @@ def _score_table(
     for t, task in enumerate(runs.tasks):
         y, f = observed_NT[:, t], prediction_NT[:, t]
         yw, fw = within_NT[:, t], predicted_within_NT[:, t]
-        surprise_M = surprise_NT[~np.isnan(surprise_NT[:, t]), t]
+        error_M, variance_M, noise_M = (part_NT[:, t] for part_NT in errors_NT)
+        told_M = np.isfinite(error_M) & np.isfinite(variance_M) & np.isfinite(noise_M)
+        error_M, variance_M, noise_M = error_M[told_M], variance_M[told_M], noise_M[told_M]
         statistics: dict[str, Callable[[np.ndarray], float]] = {
             "r2_within": lambda i, yw=yw, fw=fw: r_squared(yw[i], fw[i]),
             "r2": lambda i, y=y, f=f: r_squared(y[i], f[i], float(y[i].mean())),
@@ -408,11 +440,10 @@ def _score_table(
         for name, statistic in statistics.items():
             row[name] = statistic(np.arange(runs.n_runs))
             row[f"{name}_se"] = jackknife_se(statistic, runs.state_ids)
-        known = len(surprise_M) > 0
-        row["coverage_90"] = float((surprise_M <= Z90).mean()) if known else None
-        widened = max(1.0, float(np.quantile(surprise_M, 0.9)) / Z90) if known else None
-        row["interval_factor"] = widened
-        row["n_gains"] = len(surprise_M)
+        known, half_M = len(error_M) > 0, Z90 * np.sqrt(variance_M + noise_M)
+        row["coverage_90"] = float((error_M <= half_M).mean()) if known else None
+        row["interval_factor"] = widening(error_M, variance_M, noise_M) if known else None
+        row["n_gains"] = len(error_M)
         rows.append(row)
     return pl.DataFrame(
         rows, schema_overrides={"coverage_90": pl.Float64, "interval_factor": pl.Float64}

@@ -1,154 +1,38 @@
 """Policies: from an effect estimator and a pool state to a mixture.
 
 `optimum` maximises the lower confidence bound of the weighted gain inside the constraints.
-`search` is the paper's: score many Dirichlet candidates and average the best.
-Source of `search`: arXiv 2607.01104, policy extraction (CausalMix-S).
+`search` is the paper's: score many Dirichlet candidates and average the best. `analytical` is the
+paper's closed form for effects of log shares.
+Source of the last two: arXiv 2607.01104, policy extraction (CausalMix-S and CausalMix-A).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.core.effects import EffectEstimator
+from causalmix_pipeline.core.constraints import Constraints
+from causalmix_pipeline.core.effects import EffectEstimator, Gain
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.core.mixture import (
-    check_mixture,
-    dirichlet_design,
-    kl_divergence,
-    project_to_box,
-    shrink_into_trust_region,
-)
+from causalmix_pipeline.core.mixture import check_mixture, dirichlet_design
+from causalmix_pipeline.core.optimum import Found, Judge, find_optimum, retreat
 
-#: Candidates of the first, global stage of `optimum`.
-N_CANDIDATES = 4096
-#: Mixtures carried on by the local stage, and its rounds; the step shrinks to .6 in each.
-N_STARTS = 16
-N_ROUNDS = 12
+__all__ = ["POLICIES", "Constraints", "Recommendation", "recommend", "weighted_gain"]
+
+#: Policies by name.
+POLICIES = ("optimum", "search", "analytical")
 #: Candidates and averaged best of `search` (arXiv 2607.01104).
 SEARCH_CANDIDATES = 100_000
 SEARCH_BEST = 100
-#: A constraint binds when its slack is below this share or divergence.
-BINDING_SLACK = 1e-3
-
-
-@dataclass(frozen=True, eq=False)
-class Constraints:
-    """What a recommended mixture must respect.
-
-    Attributes:
-        reference_D: the mixture that gains and the trust region are measured from.
-        lower_D: least share of each domain.
-        upper_D: most share of each domain.
-        trust_radius: largest KL(mixture || reference) in nats; None for no trust region.
-        budget_tokens: tokens of the training run; None if availability doesn't matter.
-        available_D: tokens that each domain has.
-        max_epochs: how often a domain may be read in the training run.
-    """
-
-    reference_D: np.ndarray
-    lower_D: np.ndarray
-    upper_D: np.ndarray
-    trust_radius: float | None = None
-    budget_tokens: float | None = None
-    available_D: np.ndarray | None = None
-    max_epochs: float = 4.0
-
-    @classmethod
-    def simplex_only(cls, reference_D: np.ndarray) -> Constraints:
-        """No constraint but shares >= 0 that sum to 1."""
-        n_domains = len(reference_D)
-        return cls(reference_D, np.zeros(n_domains), np.ones(n_domains))
-
-    def token_limit_D(self) -> np.ndarray:
-        """Share of each domain at which its tokens are used up; infinite without a budget."""
-        if self.budget_tokens is None or self.available_D is None:
-            return np.full(len(self.reference_D), np.inf)
-        return self.max_epochs * np.asarray(self.available_D, float) / self.budget_tokens
-
-    def box(self, domains: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Least and most shares, token availability included.
-
-        A domain without share in the reference gets none inside a trust region: any share would
-        be infinitely far.
-
-        Raises:
-            ConfigError: if no mixture satisfies them.
-        """
-        upper_D = np.minimum(np.minimum(self.upper_D, self.token_limit_D()), 1.0)
-        if self.trust_radius is not None:
-            upper_D = np.where(np.asarray(self.reference_D) > 0, upper_D, 0.0)
-        for domain, low, high in zip(domains, self.lower_D, upper_D, strict=True):
-            if low > high:
-                raise ConfigError(
-                    f"policy.least_share of {domain!r} is {low:.4g}, above the most it can have "
-                    f"({high:.4g}, from policy.most_share, its tokens, and 0 without a share in "
-                    "the reference of a trust region). Lower least_share, or raise max_epochs."
-                )
-        if upper_D.sum() < 1 - 1e-9:
-            raise ConfigError(
-                f"policy: the most shares of all domains sum to {upper_D.sum():.4g}, below 1, so "
-                f"no mixture can fill budget_tokens. Lower budget_tokens to at most "
-                f"{upper_D.sum():.4g} of it, or raise max_epochs ({self.max_epochs:g}) or "
-                "most_share."
-            )
-        if self.lower_D.sum() > 1 + 1e-9:
-            raise ConfigError(
-                f"policy.least_share sums to {self.lower_D.sum():.4g} over the domains; it must "
-                "be at most 1."
-            )
-        return np.asarray(self.lower_D, float), upper_D
-
-    def project(self, mixture: np.ndarray, domains: Sequence[str]) -> np.ndarray:
-        """Bring mixtures into the box and the trust region.
-
-        Raises:
-            ConfigError: if the box and the trust region don't meet.
-        """
-        lower_D, upper_D = self.box(domains)
-        boxed = project_to_box(mixture, lower_D, upper_D)
-        if self.trust_radius is None:
-            return boxed
-        center_D = project_to_box(self.reference_D, lower_D, upper_D)
-        distance = float(kl_divergence(center_D, self.reference_D))
-        if distance > self.trust_radius:
-            raise ConfigError(
-                f"policy.trust_radius is {self.trust_radius:g} nats, but the nearest mixture that "
-                f"the shares and tokens allow is {distance:.3g} nats from the reference. Raise "
-                "trust_radius, or loosen least_share, most_share or max_epochs."
-            )
-        return shrink_into_trust_region(boxed, center_D, self.reference_D, self.trust_radius)
-
-    def slack(self, mixture_D: np.ndarray, domains: Sequence[str]) -> pl.DataFrame:
-        """How far each constraint is from binding.
-
-        Returns:
-            Columns `constraint`, `value`, `limit`, `slack`, `binds`; shares, or nats for the
-            trust region.
-        """
-        rows: list[tuple[str, float, float, float]] = []
-        limits_D = self.token_limit_D()
-        for d, domain in enumerate(domains):
-            share = float(mixture_D[d])
-            if self.lower_D[d] > 0:
-                low = float(self.lower_D[d])
-                rows.append((f"{domain}: least share", share, low, share - low))
-            if self.upper_D[d] < 1:
-                high = float(self.upper_D[d])
-                rows.append((f"{domain}: most share", share, high, high - share))
-            if limits_D[d] < 1:
-                high = float(limits_D[d])
-                rows.append((f"{domain}: tokens available", share, high, high - share))
-        if self.trust_radius is not None:
-            distance = float(kl_divergence(mixture_D, self.reference_D))
-            rows.append(("trust region", distance, self.trust_radius, self.trust_radius - distance))
-        schema = {"constraint": pl.String, "value": pl.Float64, "limit": pl.Float64,
-                  "slack": pl.Float64}  # fmt: skip
-        frame = pl.DataFrame(rows, schema=schema, orient="row")
-        return frame.with_columns(binds=pl.col("slack") < BINDING_SLACK)
+#: Least `level_spread` times sqrt(N) for which `analytical` trusts the level of effects. Simulated
+#: with 4, 6 and 12 domains, 128 and 512 runs, noise of .3: above it the mixture loses at most .07
+#: standard deviations of the outcome over mixtures on average, at half of it .2, at a fifth 1.
+LEAST_LEVEL_SIGNAL = 0.6
+#: A guard rail binds when its slack is below this part of the loss it keeps off.
+BINDING_PART = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +45,11 @@ class Recommendation:
         gain_se: its standard error; nan where the estimator has none.
         gain_T: gain of each task.
         gain_se_T: their standard errors.
-        slack: the constraints, see `Constraints.slack`.
+        slack: the constraints, see `Constraints.slack`, and a row `<task>: guard rail` for each
+            guard rail, in the task's units.
         unconstrained_D: the mixture the policy would choose on the whole simplex.
         unconstrained_gain: its weighted gain.
+        only_reference: whether the reference is kept since guard rails forbid whatever is better.
     """
 
     mixture_D: np.ndarray
@@ -174,6 +60,7 @@ class Recommendation:
     slack: pl.DataFrame
     unconstrained_D: np.ndarray
     unconstrained_gain: float
+    only_reference: bool = False
 
 
 def weighted_gain(
@@ -189,11 +76,67 @@ def weighted_gain(
         Two arrays of shape (M,); the second nan where a weighted task has no standard error.
     """
     gain = estimator.gain(state_DP, mixture_MD, reference_D)
+    return _weigh(gain, estimator.task_correlation_TT, weights_T)
+
+
+def _weigh(
+    gain: Gain, correlation_TT: np.ndarray, weights_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and its standard error; tasks without weight may be nan."""
     used = np.flatnonzero(weights_T)
     scaled_MT = gain.se_MT[:, used] * weights_T[used]
-    correlation = estimator.task_correlation_TT[np.ix_(used, used)]
+    correlation = correlation_TT[np.ix_(used, used)]
     variance_M = np.einsum("mt,ts,ms->m", scaled_MT, correlation, scaled_MT)
-    return gain.mean_MT @ weights_T, np.sqrt(np.maximum(variance_M, 0.0))
+    return gain.mean_MT[:, used] @ weights_T[used], np.sqrt(np.maximum(variance_M, 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a policy asks of an estimator about a pool in one state.
+
+    Attributes:
+        estimator: fitted on the runs. Where it has `smooth_gain`, the search asks that.
+        state_DP: the pool's covariates.
+        weights_T: weight of each task, >= 0.
+        reference_D: the mixture gains are measured from.
+        guard_T: most loss of each task; infinite for no guard rail.
+        confidence_z: standard errors taken off gains, of the weighted one and of guarded tasks.
+        by_mean: whether mixtures are valued by their gain itself; guard rails keep to the bound.
+    """
+
+    estimator: EffectEstimator
+    state_DP: np.ndarray
+    weights_T: np.ndarray
+    reference_D: np.ndarray
+    guard_T: np.ndarray
+    confidence_z: float = 1.0
+    by_mean: bool = False
+
+    def judge(self, mixture_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Value and excess of each mixture, by the whole estimator; see `core.optimum.Judge`."""
+        return self._judge(self.estimator.gain(self.state_DP, mixture_MD, self.reference_D))
+
+    def quick_judge(self) -> Judge:
+        """The judge of the search: without a stack's stepwise members, if others answer."""
+        smooth = getattr(self.estimator, "smooth_gain", None)
+        if smooth is None:
+            return self.judge
+        asked = (self.weights_T > 0) | np.isfinite(self.guard_T)
+        first = smooth(self.state_DP, self.reference_D[None], self.reference_D)
+        if np.isnan(first.mean_MT[:, asked]).any():
+            return self.judge
+        return lambda mixture_MD: self._judge(smooth(self.state_DP, mixture_MD, self.reference_D))
+
+    def bound_MT(self, gain: Gain) -> np.ndarray:
+        """Lower confidence bound of each task's gain."""
+        return gain.mean_MT - self.confidence_z * np.nan_to_num(gain.se_MT)
+
+    def _judge(self, gain: Gain) -> tuple[np.ndarray, np.ndarray]:
+        mean_M, se_M = _weigh(gain, self.estimator.task_correlation_TT, self.weights_T)
+        z = 0.0 if self.by_mean else self.confidence_z
+        guarded = np.isfinite(self.guard_T)
+        excess_MT = -self.bound_MT(gain)[:, guarded] - self.guard_T[guarded]
+        return mean_M - z * np.nan_to_num(se_M), excess_MT.max(axis=1, initial=-np.inf)
 
 
 def recommend(
@@ -204,27 +147,86 @@ def recommend(
     constraints: Constraints,
     *,
     domains: Sequence[str],
+    tasks: Sequence[str] = (),
+    design_ND: np.ndarray | None = None,
     confidence_z: float = 1.0,
     seed: int = 0,
+    unconstrained_too: bool = True,
 ) -> Recommendation:
     """Choose the mixture for a pool in this state.
 
     Args:
-        policy: `optimum` or `search`.
-        estimator: fitted on the proxy runs.
+        policy: `optimum`, `search` or `analytical`.
+        estimator: fitted on the proxy runs; for a quick search on tasks that have a weight or a
+            guard rail only. `analytical` needs one with effects of log shares.
         state_DP: the pool's covariates, as the estimator was fitted on them; shape (D, P).
         weights_T: weight of each task in the objective, >= 0; shape (T,).
         constraints: what the mixture must respect.
         domains: names, for messages and the slack table.
-        confidence_z: standard errors subtracted from the gain by `optimum`.
+        tasks: names of the estimator's tasks; needed for guard rails.
+        design_ND: mixtures of the proxy runs; needed by `analytical`.
+        confidence_z: standard errors subtracted from the gain by `optimum`, and from each task's by
+            guard rails.
         seed: of the candidates.
+        unconstrained_too: whether to search without constraints as well, which takes as long
+            again; without, the recommended mixture stands for the unconstrained one.
 
     Raises:
-        ConfigError: for an unknown policy, weights that are all zero, or constraints that no
-            mixture satisfies.
+        ConfigError: for an unknown policy, weights that are all zero, constraints that no
+            mixture satisfies, effects that `analytical` can't use, or gains linear in the shares
+            without a trust region.
     """
     if policy not in POLICIES:
         raise ConfigError(f"policy.name must be one of {', '.join(POLICIES)}, got {policy!r}.")
+    if getattr(estimator, "needs_trust_region", False) and constraints.trust_radius is None:
+        raise ConfigError(
+            "policy.trust_radius must be set for gains that are linear in the shares, as those of "
+            "causal_forest_raw are, got none: the best mixture would be a single domain. Set it "
+            "(.15 nats is usual), or take causal_forest."
+        )
+    question = ask(estimator, state_DP, weights_T, constraints, tasks, confidence_z, policy)
+    found = _choose(policy, question, constraints, domains, seed, design_ND)
+    unconstrained_D = found.mixture_D
+    if unconstrained_too and not constraints.are_none:
+        free = Constraints.simplex_only(constraints.reference_D)
+        open_ = ask(estimator, state_DP, weights_T, free, tasks, confidence_z, policy)
+        unconstrained_D = _choose(policy, open_, free, domains, seed, design_ND).mixture_D
+    both_MD = np.stack([found.mixture_D, unconstrained_D])
+    gain = estimator.gain(state_DP, both_MD, constraints.reference_D)
+    mean_M, se_M = _weigh(gain, estimator.task_correlation_TT, question.weights_T)
+    return Recommendation(
+        mixture_D=found.mixture_D,
+        gain=float(mean_M[0]),
+        gain_se=float(se_M[0]),
+        gain_T=gain.mean_MT[0],
+        gain_se_T=gain.se_MT[0],
+        slack=pl.concat(
+            [
+                constraints.slack(found.mixture_D, domains),
+                _guard_slack(question, gain, tasks),
+            ]
+        ),
+        unconstrained_D=unconstrained_D,
+        unconstrained_gain=float(mean_M[1]),
+        only_reference=found.only_start,
+    )
+
+
+def ask(
+    estimator: EffectEstimator,
+    state_DP: np.ndarray,
+    weights_T: np.ndarray,
+    constraints: Constraints,
+    tasks: Sequence[str] = (),
+    confidence_z: float = 1.0,
+    policy: str = "optimum",
+) -> Question:
+    """The question of a policy.
+
+    Raises:
+        ConfigError: for weights that rank nothing, a reference off the simplex, or guard rails
+            that name no task.
+    """
     weights_T = np.asarray(weights_T, dtype=float)
     if not (np.isfinite(weights_T) & (weights_T >= 0)).all():
         raise ConfigError(
@@ -234,85 +236,134 @@ def recommend(
     if not (weights_T > 0).any():
         raise ConfigError("tasks: all weights are 0, so no mixture is better than another.")
     check_mixture(constraints.reference_D, field="policy.reference")
-    reference_D = constraints.reference_D
-
-    def score(mixture_MD: np.ndarray) -> np.ndarray:
-        mean_M, se_M = weighted_gain(estimator, state_DP, mixture_MD, reference_D, weights_T)
-        return mean_M - confidence_z * np.nan_to_num(se_M)
-
-    def mean(mixture_MD: np.ndarray) -> np.ndarray:
-        return weighted_gain(estimator, state_DP, mixture_MD, reference_D, weights_T)[0]
-
-    objective = score if policy == "optimum" else mean
-    choose = POLICIES[policy]
-    free = Constraints.simplex_only(reference_D)
-    mixture_D = choose(objective, constraints, domains, seed)
-    unconstrained_D = choose(objective, free, domains, seed)
-    both = np.stack([mixture_D, unconstrained_D])
-    mean_M, se_M = weighted_gain(estimator, state_DP, both, reference_D, weights_T)
-    by_task = estimator.gain(state_DP, mixture_D[None], reference_D)
-    return Recommendation(
-        mixture_D=mixture_D,
-        gain=float(mean_M[0]),
-        gain_se=float(se_M[0]),
-        gain_T=by_task.mean_MT[0],
-        gain_se_T=by_task.se_MT[0],
-        slack=constraints.slack(mixture_D, domains),
-        unconstrained_D=unconstrained_D,
-        unconstrained_gain=float(mean_M[1]),
+    guard_T = np.full(len(weights_T), np.inf)
+    if constraints.guard_rails:
+        guard_T = constraints.guard_T(tasks)
+    return Question(
+        estimator,
+        state_DP,
+        weights_T,
+        constraints.reference_D,
+        guard_T,
+        confidence_z,
+        by_mean=policy != "optimum",
     )
 
 
-Objective = Callable[[np.ndarray], np.ndarray]
-
-
-def _optimum(
-    objective: Objective, constraints: Constraints, domains: Sequence[str], seed: int
-) -> np.ndarray:
-    """Global candidates, then shrinking random steps around the best few.
-
-    Derivative-free, so that it serves smooth and stepwise estimators alike.
-    """
-    n_domains = len(domains)
-    reference_D = constraints.reference_D
-    candidates = dirichlet_design(N_CANDIDATES, n_domains, strength_range=(0.3, 3.0), seed=seed)
-    # Half of them pulled towards the reference, where a tight region would crowd its border.
-    pull = np.linspace(0.1, 0.9, N_CANDIDATES // 2)[:, None]
-    candidates[::2] = pull * candidates[::2] + (1 - pull) * reference_D
-    mixtures = constraints.project(np.vstack([reference_D[None], candidates]), domains)
-    values = objective(mixtures)
-    best = np.argsort(-values, kind="stable")[:N_STARTS]
-    mixtures, values = mixtures[best], values[best]
-    rng = np.random.default_rng([seed, 1])
-    step = 0.1
-    for _ in range(N_ROUNDS):
-        noise = rng.normal(scale=step, size=(N_STARTS, 32, n_domains))
-        moved = constraints.project((mixtures[:, None] + noise).reshape(-1, n_domains), domains)
-        pool = np.vstack([mixtures, moved])
-        scores = np.concatenate([values, objective(moved)])
-        best = np.argsort(-scores, kind="stable")[:N_STARTS]
-        mixtures, values = pool[best], scores[best]
-        step *= 0.6
-    return mixtures[0]
+def _choose(
+    policy: str,
+    question: Question,
+    constraints: Constraints,
+    domains: Sequence[str],
+    seed: int,
+    design_ND: np.ndarray | None,
+) -> Found:
+    """The policy's mixture inside the constraints."""
+    if policy == "optimum":
+        return find_optimum(question.quick_judge(), question.judge, constraints, domains, seed)
+    if policy == "search":
+        mixture_D = _search(question, constraints, domains, seed)
+    else:
+        closed_D = analytical_mixture(question, design_ND)
+        mixture_D = constraints.project(closed_D, domains)
+    if not constraints.guard_rails:
+        return Found(mixture_D)
+    start_D = constraints.project(constraints.reference_D, domains)
+    return retreat(question.judge, start_D, mixture_D)
 
 
 def _search(
-    objective: Objective, constraints: Constraints, domains: Sequence[str], seed: int
+    question: Question, constraints: Constraints, domains: Sequence[str], seed: int
 ) -> np.ndarray:
     """Score Dirichlet candidates inside the constraints and average the best (CausalMix-S)."""
     candidates = dirichlet_design(
         SEARCH_CANDIDATES, len(domains), strength_range=(1.0, 1.0), seed=seed
     )
     mixtures = constraints.project(candidates, domains)
-    blocks = np.array_split(mixtures, 20)
-    values = np.concatenate([objective(block) for block in blocks])
-    best = np.argsort(-values, kind="stable")[:SEARCH_BEST]
+    judged = [question.judge(block) for block in np.array_split(mixtures, 20)]
+    value_M = np.concatenate([value for value, _ in judged])
+    passed_M = np.maximum(np.concatenate([excess for _, excess in judged]), 0)
+    best = np.lexsort((-value_M, passed_M))[:SEARCH_BEST]
     # The box and the trust region are convex, so the mean stays inside.
     return mixtures[best].mean(axis=0)
 
 
-#: Policies by name.
-POLICIES: dict[str, Callable[[Objective, Constraints, Sequence[str], int], np.ndarray]] = {
-    "optimum": _optimum,
-    "search": _search,
-}
+# ---------------------------------------------------------------------------- analytical
+
+
+def analytical_mixture(question: Question, design_ND: np.ndarray | None) -> np.ndarray:
+    """CausalMix-A: shares in proportion to the positive effects of log shares.
+
+    The maximiser of sum theta_d log t_d over the domains with theta_d > 0, with theta the weighted
+    effect of the coordinates log(share + offset) in the pool's state. Adding a constant to all
+    theta changes the mixture, so their level must be identified by the runs.
+
+    Raises:
+        ConfigError: if the estimator has no effects of log shares, the runs don't identify their
+            level, or none is positive.
+    """
+    effect = getattr(question.estimator, "effect", None)
+    if effect is None or getattr(question.estimator, "coordinates", None) != "log":
+        raise ConfigError(
+            "policy analytical needs the effects of log shares, which only causal_forest_log has, "
+            f"got {question.estimator.name}: make causal_forest_log the only estimator, or take "
+            "policy optimum."
+        )
+    if design_ND is None:
+        raise ConfigError(
+            "policy analytical needs the mixtures of the runs (design_ND), got none: pass them."
+        )
+    signal = level_spread(design_ND, question.estimator.log_offset) * len(design_ND) ** 0.5  # pyright: ignore[reportAttributeAccessIssue]
+    if signal < LEAST_LEVEL_SIGNAL:
+        raise ConfigError(
+            "policy analytical needs runs that identify the level of effects: what the mean log "
+            "share varies by itself, times the root of the number of runs, must be at least "
+            f"{LEAST_LEVEL_SIGNAL:g}, got {signal:.3g}. Add runs from sparse to flat mixtures, or "
+            "take policy optimum."
+        )
+    theta_D = effect(question.state_DP) @ question.weights_T
+    positive_D = np.maximum(theta_D, 0.0)
+    if not positive_D.sum() > 0:
+        raise ConfigError(
+            "policy analytical needs a domain with a positive effect in this pool's state, got "
+            f"{np.round(theta_D, 4).tolist()}: take policy optimum."
+        )
+    return positive_D / positive_D.sum()
+
+
+def level_spread(mixture_ND: np.ndarray, log_offset: float) -> float:
+    """How far runs move all log shares together, other than by what contrasts of them tell.
+
+    The level of the effects is the effect of raising all coordinates log(share + offset) at once.
+    Shares sum to one, so in a narrow design the mean coordinate is a linear function of the
+    contrasts (the coordinates minus their mean), and the level can't be told from them. What a
+    regression of the mean coordinate on the contrasts leaves over is what identifies it: the
+    standard error of the level is that of the noise over sqrt(N) and this.
+
+    Returns:
+        The standard deviation of that rest, in natural logarithms of shares.
+    """
+    coordinate_ND = np.log(np.clip(mixture_ND, 0, None) + log_offset)
+    level_N = coordinate_ND.mean(axis=1)
+    # One contrast is told by the others; the constant takes its place.
+    contrast_ND = coordinate_ND - level_N[:, None]
+    contrast_ND[:, -1] = 1.0
+    fitted_N = contrast_ND @ np.linalg.lstsq(contrast_ND, level_N, rcond=None)[0]
+    return float(np.std(level_N - fitted_N))
+
+
+# ---------------------------------------------------------------------------- guard rails
+
+_SLACK_SCHEMA = {"constraint": pl.String, "value": pl.Float64, "limit": pl.Float64,
+                 "slack": pl.Float64, "binds": pl.Boolean}  # fmt: skip
+
+
+def _guard_slack(question: Question, gain: Gain, tasks: Sequence[str]) -> pl.DataFrame:
+    """A row per guard rail; `gain` is that of the mixture, then of the unconstrained one."""
+    loss_MT = -question.bound_MT(gain)
+    rows = []
+    for t in np.flatnonzero(np.isfinite(question.guard_T)):
+        limit, loss = float(question.guard_T[t]), float(loss_MT[0, t])
+        near = BINDING_PART * max(limit, float(loss_MT[1, t]), 0.0)
+        rows.append((f"{tasks[t]}: guard rail", loss, limit, limit - loss, limit - loss <= near))
+    return pl.DataFrame(rows, schema=_SLACK_SCHEMA, orient="row")

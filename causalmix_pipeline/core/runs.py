@@ -18,6 +18,12 @@ from causalmix_pipeline.core.errors import EstimationError
 #: domains (RegMix's: .996-1.003) must be rescaled by the caller, who knows that they are rounded.
 SIMPLEX_TOLERANCE = 1e-6
 
+#: Source of runs that the project made itself, and of all where nothing else is said.
+OWN = "own"
+
+#: Most often that a state counts in `RunTable.weighed_states`: as many as a distance averages over.
+MOST_COPIES = 5
+
 _FIXED_COLUMNS = ("run_id", "state_id", "repeat_of")
 
 
@@ -35,6 +41,8 @@ class RunTable:
         mixture_ND: shares of training tokens; shape (N, D), >= 0, each row sums to 1.
         outcome_NT: outcome per task, larger is better; shape (N, T).
         repeat_of_N: index of the (state, mixture) cell; runs of a cell differ only by seed; (N,).
+        source_N: where each run is from, such as `own`; None for `own` everywhere.
+        observational_sources: the sources whose mixtures weren't drawn at random.
     """
 
     domains: tuple[str, ...]
@@ -46,6 +54,8 @@ class RunTable:
     mixture_ND: np.ndarray
     outcome_NT: np.ndarray
     repeat_of_N: np.ndarray
+    source_N: tuple[str, ...] | None = None
+    observational_sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Convert the arrays and refuse what no estimator can use.
@@ -53,8 +63,13 @@ class RunTable:
         Raises:
             EstimationError: naming the run and the column, if a shape doesn't fit, a name occurs
                 twice, a value isn't finite, a mixture is off the simplex, or runs of one state
-                differ in their covariates.
+                differ in their covariates or source.
         """
+        if self.source_N is not None:
+            source_N = tuple(map(str, self.source_N))
+            object.__setattr__(self, "source_N", None if set(source_N) == {OWN} else source_N)
+        known = set(self.observational_sources) & set(self.sources_of_runs)
+        object.__setattr__(self, "observational_sources", tuple(sorted(known)))
         for name in ("domains", "covariates", "tasks", "run_ids"):
             object.__setattr__(self, name, tuple(str(value) for value in getattr(self, name)))
         for name in ("state_NDP", "mixture_ND", "outcome_NT"):
@@ -79,6 +94,16 @@ class RunTable:
         return len(np.unique(self.state_ids))
 
     @property
+    def sources_of_runs(self) -> tuple[str, ...]:
+        """The source of each run; N of them."""
+        return (OWN,) * len(self.run_ids) if self.source_N is None else self.source_N
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The distinct sources, `own` first."""
+        return tuple(sorted(set(self.sources_of_runs), key=lambda name: (name != OWN, name)))
+
+    @property
     def covariate_columns(self) -> tuple[str, ...]:
         """Names `<domain>__<covariate>` of the D x P covariates, domain by domain."""
         return tuple(f"{domain}__{name}" for domain in self.domains for name in self.covariates)
@@ -87,6 +112,23 @@ class RunTable:
         """Return the ids (S,) of the distinct states, ascending, and their covariates (S, D, P)."""
         ids, first = np.unique(self.state_ids, return_index=True)
         return ids, self.state_NDP[first]
+
+    def weighed_states(self) -> np.ndarray:
+        """Return the distinct states, each as often as it has the usual number of mixtures.
+
+        A state counts once for each multiple of the median number of distinct mixtures a state
+        has, 1 to 5 times. So a distance to the nearest states sees that 16 further runs at one
+        state, where 4 are usual, tell as much of it as four states do.
+
+        Returns:
+            Shape (S', D, P), S' >= S; the same as `distinct_states` where all have as many.
+        """
+        ids, state_SDP = self.distinct_states()
+        _, first = np.unique(self.repeat_of_N, return_index=True)
+        _, count_S = np.unique(self.state_ids[first], return_counts=True)
+        assert len(count_S) == len(ids)
+        copies_S = np.clip(count_S // max(int(np.median(count_S)), 1), 1, MOST_COPIES)
+        return np.repeat(state_SDP, copies_S, axis=0)
 
     def subset(self, index: np.ndarray | Sequence[int]) -> RunTable:
         """Return the runs at `index`, which is integer positions (any order) or an (N,) mask."""
@@ -100,6 +142,7 @@ class RunTable:
             mixture_ND=self.mixture_ND[rows],
             outcome_NT=self.outcome_NT[rows],
             repeat_of_N=self.repeat_of_N[rows],
+            source_N=tuple(self.sources_of_runs[i] for i in rows),
         )
 
     def select_tasks(self, tasks: Sequence[str]) -> RunTable:
@@ -122,7 +165,10 @@ class RunTable:
         return self.subset(np.argsort(np.array(self.run_ids), kind="stable"))
 
     def to_frame(self) -> pl.DataFrame:
-        """Return one row per run; columns `share__`, `state__` and `outcome__` hold the arrays."""
+        """Return one row per run; columns `share__`, `state__` and `outcome__` hold the arrays.
+
+        Where all runs are our own and randomised, there is no column `source` or `randomised`.
+        """
         columns: dict[str, object] = {
             "run_id": list(self.run_ids),
             "state_id": self.state_ids,
@@ -135,6 +181,11 @@ class RunTable:
             columns[f"state__{name}"] = flat_NC[:, c]
         for t, task in enumerate(self.tasks):
             columns[f"outcome__{task}"] = self.outcome_NT[:, t]
+        if self.sources != (OWN,) or self.observational_sources:
+            columns["source"] = list(self.sources_of_runs)
+            columns["randomised"] = [
+                source not in self.observational_sources for source in self.sources_of_runs
+            ]
         return pl.DataFrame(columns)
 
     @classmethod
@@ -154,6 +205,12 @@ class RunTable:
             )
         covariates = _covariates_of(domains, _names_after("state__", frame.columns))
         state_columns = [f"state__{d}__{name}" for d in domains for name in covariates]
+        source_N, observational = None, ()
+        if "source" in frame.columns:
+            source_N = tuple(frame["source"].to_list())
+        if "randomised" in frame.columns:
+            rows = zip(source_N or (OWN,) * frame.height, frame["randomised"], strict=True)
+            observational = tuple({source for source, randomised in rows if not randomised})
         return cls(
             domains=domains,
             covariates=covariates,
@@ -166,6 +223,8 @@ class RunTable:
             mixture_ND=_matrix(frame, [f"share__{name}" for name in domains]),
             outcome_NT=_matrix(frame, [f"outcome__{name}" for name in tasks]),
             repeat_of_N=frame["repeat_of"].to_numpy(),
+            source_N=source_N,
+            observational_sources=observational,
         )
 
     def _check_shapes(self) -> None:
@@ -177,6 +236,11 @@ class RunTable:
             "outcome_NT": (n, t),
             "repeat_of_N": (n,),
         }
+        if len(self.sources_of_runs) != n:
+            raise EstimationError(
+                f"run_table.source_N must have {n} labels, got {len(self.sources_of_runs)}: give "
+                "each run its source."
+            )
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise EstimationError(
@@ -222,6 +286,15 @@ class RunTable:
                 f"runs of one pool state must have the same covariates, but run {self.run_ids[i]} "
                 f"differs from run {self.run_ids[first[inverse[i]]]} of state "
                 f"{ids[inverse[i]]}: give it a state id of its own."
+            )
+        source_N = np.array(self.sources_of_runs, dtype=object)
+        mixed = np.flatnonzero(source_N != source_N[first][inverse])
+        if len(mixed):
+            i = int(mixed[0])
+            raise EstimationError(
+                f"runs of one pool state must have the same source, but run {self.run_ids[i]} is "
+                f"of {source_N[i]!r} and run {self.run_ids[first[inverse[i]]]} of "
+                f"{source_N[first[inverse[i]]]!r}: give it a state id of its own."
             )
 
 

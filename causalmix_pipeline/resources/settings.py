@@ -25,6 +25,7 @@ from causalmix_pipeline.core.covariates import (
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.runs import OWN
 
 #: Proxy runs of each preset, without the noise panel; `design.n_runs` overrides it.
 PRESET_RUNS = {"tests": 32, "demo": 128, "study": 512, "paper": 512, "longcot": 64}
@@ -66,6 +67,8 @@ EstimatorName = Literal[
     "structured_ridge",
     "causal_forest",
     "causal_forest_log",
+    "causal_forest_raw",
+    "causal_forest_ilr",
     "regmix",
     "lightgbm_state",
     "extra_trees",
@@ -537,6 +540,49 @@ class Proxy(Section):
         return PretrainedConfig(model=model, weights_hash=weights_hash, tokens=tokens, **recipe)
 
 
+class ImportedRuns(Section):
+    """Runs made elsewhere, in tables: another team's, or those of a larger proxy."""
+
+    source: str = Field(
+        min_length=1,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Short name of where they are from: lower-case letters, digits, underscores.",
+    )
+    ratios: str = Field(
+        min_length=1,
+        description="CSV or Parquet file with a row per run: run, and a share for each domain, "
+        "matched by name.",
+    )
+    metrics: str = Field(
+        min_length=1,
+        description="CSV or Parquet file with a row per run: run, and the value of each task in "
+        "the task's own unit and direction (bits per byte for loss).",
+    )
+    covariates: str = Field(
+        min_length=1,
+        description="CSV or Parquet file with a row per run: run, and <domain>__<covariate> for "
+        "each domain and each of `covariates`, as measured of the pool it was trained on.",
+    )
+    randomised: bool = Field(
+        default=False,
+        description="Whether the mixtures were drawn at random, whatever the pool; else the runs "
+        "count as observational, and a check says so.",
+    )
+    metric_names: dict[str, str] = Field(
+        default={},
+        description="Column of the metrics for each task whose column isn't named like the task.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.source == OWN:
+            raise ValueError(
+                f"imported_runs: source must be another name than {OWN}, which are the project's "
+                "own runs: rename it"
+            )
+        return self
+
+
 class Budget(Section):
     """What training may cost; beyond, it's refused until a person agrees."""
 
@@ -579,10 +625,11 @@ class Budget(Section):
 class Policy(Section):
     """How effects become a mixture, and what the mixture must keep to."""
 
-    name: Literal["optimum", "search"] = Field(
+    name: Literal["optimum", "search", "analytical"] = Field(
         default="optimum",
         description="optimum maximises the lower bound of the gain; search averages the best of "
-        "100,000 random mixtures.",
+        "100,000 random mixtures; analytical takes shares in proportion to positive effects, and "
+        "needs estimators: [causal_forest_log].",
     )
     reference: Literal["natural", "equal", "fixed"] = Field(
         default="natural",
@@ -617,6 +664,11 @@ class Policy(Section):
         default=None,
         gt=0,
         description="Tokens of the planned training run; null takes the tokens of the live pool.",
+    )
+    guard_rails: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] = Field(
+        default={},
+        description="By task, the most that may be lost over the reference, in the task's own "
+        "units; it holds for the gain less confidence_z standard errors, also with weight 0.",
     )
 
     @model_validator(mode="after")
@@ -734,6 +786,11 @@ class Settings(Section):
         description="Effect estimators that cross-validation chooses from, per task; each one "
         "costs seconds to a minute.",
     )
+    imported_runs: list[ImportedRuns] = Field(
+        default=[],
+        description="Tables of runs made elsewhere, fitted together with the project's own; each "
+        "source is put on the level of the own runs first.",
+    )
     policy: Policy = Field(default=Policy(), description="How effects become a mixture.")
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
@@ -752,6 +809,26 @@ class Settings(Section):
         if self.tasks and not any(task.weight > 0 for task in self.tasks):
             raise ValueError(
                 "tasks must hold at least one weight > 0, got only 0: nothing would be wanted"
+            )
+        sources = [table.source for table in self.imported_runs]
+        tasks = {task.name for task in self.tasks}
+        for i, table in enumerate(self.imported_runs):
+            if table.source in sources[:i]:
+                raise ValueError(
+                    f"imported_runs[{i}].source must be used once, got {table.source!r} again: "
+                    "rename one of them"
+                )
+            odd = sorted(set(table.metric_names) - tasks)
+            if odd:
+                raise ValueError(
+                    f"imported_runs[{i}].metric_names must give columns of tasks "
+                    f"({', '.join(sorted(tasks))}), got {odd[0]!r}: write <task>: <column>"
+                )
+        unguarded = [name for name in self.policy.guard_rails if name not in names]
+        if unguarded:
+            raise ValueError(
+                f"policy.guard_rails must name tasks ({', '.join(names) or 'none is set'}), got "
+                f"{unguarded[0]!r}: correct the name"
             )
         unknown = check_covariate_names(self.covariates, self.columns.numbers)
         if unknown is not None:

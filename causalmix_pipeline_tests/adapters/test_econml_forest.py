@@ -17,9 +17,9 @@ def runs():
     return POOL.run_table(50, 4, noise=0.1, seed=4)
 
 
-@pytest.fixture(scope="module", params=["sqrt", "log"])
+@pytest.fixture(scope="module", params=["sqrt", "log", "raw", "ilr"])
 def forest(request, runs):
-    return CausalForest(coordinates=request.param, n_trees=100).fit(runs)
+    return CausalForest(coordinates=request.param, n_trees=40).fit(runs)
 
 
 def test_the_planted_effect_is_found(forest):
@@ -50,10 +50,31 @@ def test_a_share_of_zero_has_finite_coordinates(forest):
 
 def test_coordinates_are_what_they_are_called(forest):
     share_D = np.array([0.25, 0.25, 0.5])
-    expected = {"sqrt": np.sqrt(share_D), "log": np.log(share_D + 0.01)}
+    log_D = np.log(share_D + 0.01)
+    expected = {
+        "sqrt": np.sqrt(share_D),
+        "log": log_D,
+        "raw": share_D[:2],
+        "ilr": [
+            (log_D[0] - log_D[1]) / np.sqrt(2),
+            (log_D[0] + log_D[1] - 2 * log_D[2]) / np.sqrt(6),
+        ],
+    }
 
     assert forest.treatment(share_D)[0] == pytest.approx(expected[forest.coordinates])
     assert forest.parameters()["coordinates"] == forest.coordinates
+
+
+def test_effects_differ_little_between_seeds_of_the_cross_fitting(forest):
+    """The spread is told: more than nothing, and less than the effects themselves."""
+    spread = forest.parameters()["seed_spread"]
+
+    assert spread == forest.seed_spread_T.tolist()
+    assert 0 < spread[0] < 0.5
+
+
+def test_only_shares_as_they_are_need_a_trust_region(forest):
+    assert forest.needs_trust_region == (forest.coordinates == "raw")
 
 
 def test_row_order_changes_nothing_bitwise(runs):
@@ -70,8 +91,8 @@ def test_runs_without_a_varying_covariate_are_refused():
 
 
 def test_unknown_coordinates_are_refused():
-    with pytest.raises(ConfigError, match="one of sqrt, log, got 'ilr'"):
-        CausalForest(coordinates="ilr")
+    with pytest.raises(ConfigError, match="one of sqrt, log, raw, ilr, got 'clr'"):
+        CausalForest(coordinates="clr")
 
 
 def test_an_offset_of_zero_is_refused():

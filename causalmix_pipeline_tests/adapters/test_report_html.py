@@ -5,21 +5,25 @@ from html.parser import HTMLParser
 import polars as pl
 import pytest
 
-from causalmix_pipeline.adapters.report_html import (
-    FRAME_COLUMNS,
+from causalmix_pipeline.adapters.beliefs_html import QUESTIONS, Beliefs
+from causalmix_pipeline.adapters.page_parts import (
     MINUS,
     UNKNOWN,
+    Axis,
+    number_text,
+    share_text,
+    signed_text,
+    tokens_text,
+)
+from causalmix_pipeline.adapters.report_html import (
+    FRAME_COLUMNS,
     VERDICTS,
     ReportData,
-    _Axis,
     _beyond,
-    _number_text,
-    _share_text,
-    _signed_text,
-    _tokens_text,
     render_report,
     write_report,
 )
+from causalmix_pipeline.core.falsification import OBJECTIVE
 
 DOMAINS = ("math", "manuals", "prose")
 
@@ -43,7 +47,7 @@ def report_data(**changes) -> ReportData:
         verdict="supported",
         overlap_score=0.8,
         supported_limit=1.0,
-        unsupported_limit=1.5,
+        unsupported_limit=4.0,
         gains=frame(
             "gains",
             [
@@ -78,6 +82,22 @@ def report_data(**changes) -> ReportData:
     return dataclasses.replace(data, **changes)
 
 
+BELIEFS = Beliefs(
+    treatment_r2=0.01,
+    observational_sources=(),
+    trials=[
+        {"check": check, "task": task, "estimate": 0.5, "se": 0.1, "p_value": 0.001,
+         "passed": task != "talking", "reason": ""}
+        for check in QUESTIONS
+        for task in ("solving", "talking", OBJECTIVE)
+    ],
+    gain_of="the best mixtures of the runs",
+    confounder=(0.31, 0.22),
+    why_unknown="",
+    more_runs="doubling the runs to 40 is expected to help",
+)  # fmt: skip
+
+
 TOP_UP = pl.DataFrame(
     {"share__math": [0.7, 0.1], "share__manuals": [0.2, 0.1], "share__prose": [0.1, 0.8]}
 )
@@ -86,7 +106,7 @@ TOP_UP = pl.DataFrame(
 class _Tags(HTMLParser):
     """Collects tags, attributes and text, and that every tag is closed in order."""
 
-    VOID = ("meta", "rect", "circle", "line", "br")
+    VOID = ("meta", "rect", "circle", "line", "br", "wbr")
 
     def __init__(self, html: str):
         super().__init__()
@@ -140,6 +160,19 @@ def test_names_from_data_can_do_nothing_in_the_page():
         signal=frame("signal", [(evil, 0.1, 0.1, 1.0, None, None)]),
         slack=frame("slack", [(evil, 0.1, 0.1, 0.0, True)]),
         provenance={evil: evil},
+        beliefs=dataclasses.replace(
+            BELIEFS,
+            observational_sources=(evil,),
+            trials=[
+                {**row, "reason": evil, "passed": None}
+                if row["task"] == OBJECTIVE
+                else {**row, "task": evil, "passed": False}
+                for row in BELIEFS.trials
+            ],
+            confounder=None,
+            why_unknown=evil,
+            more_runs=evil,
+        ),
         reference_name=evil,
         made_at=evil,
         policy=evil,
@@ -159,6 +192,42 @@ def test_the_answer_comes_first():
     assert VERDICTS["supported"][:40] in text
 
 
+def test_what_was_tried_and_what_cant_be_known_is_told():
+    text = text_of(render_report(report_data(beliefs=BELIEFS)))
+
+    assert "The covariates don't tell the mixtures (R² 0.010)." in text
+    assert re.search(r"Do mixtures matter\? ?yes ?0.500 ± 0.100 ?0.001 ?talking", text)
+    assert "it must explain 31% of what is left of both, and 22% for the lower bound" in text
+    assert "Where mixtures were drawn at random there is none." in text
+    assert "More runs: doubling the runs to 40 is expected to help." in text
+    assert "When to believe it" not in text_of(render_report(report_data()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"observational_sources": ("team_b",)}, "Those of team_b weren't declared randomised."),
+        ({"treatment_r2": 0.4}, "R² of the mixtures given the covariates is 0.400."),
+    ],
+)
+def test_observational_runs_are_told_as_such(changes, words):
+    found = dataclasses.replace(BELIEFS, **changes)
+
+    text = text_of(render_report(report_data(beliefs=found)))
+
+    assert f"Observational runs. {words}" in text
+    assert "drawn at random" not in text
+
+
+def test_a_mixture_without_average_gain_needs_no_hidden_cause():
+    found = dataclasses.replace(BELIEFS, confounder=(0.0, 0.0))
+
+    text = text_of(render_report(report_data(beliefs=found)))
+
+    assert "there is no gain of the best mixtures of the runs over the equal mixture" in text
+    assert "it must explain" not in text
+
+
 def test_a_gain_without_interval_says_so():
     gains = frame("gains", [("recommended", 0.046, float("nan"), float("nan"))])
 
@@ -171,7 +240,7 @@ def test_a_gain_without_interval_says_so():
 def test_an_unsupported_pool_keeps_the_reference_and_promises_nothing():
     mixtures = dict(report_data().mixtures)
     mixtures["recommended"] = mixtures["reference"]
-    data = report_data(verdict="unsupported", overlap_score=2.9, mixtures=mixtures, top_up=TOP_UP)
+    data = report_data(verdict="unsupported", overlap_score=5.9, mixtures=mixtures, top_up=TOP_UP)
 
     text = text_of(render_report(data))
 
@@ -277,7 +346,7 @@ def test_a_task_without_finite_predictions_is_left_out():
     ("low", "high"), [(0.0, 0.31), (-0.02, 0.061), (1.2, 1.2), (-3e-7, 4e-7), (0.0, 1.0)]
 )
 def test_an_axis_holds_its_range_between_few_round_ticks(low, high):
-    axis = _Axis.around(low, high)
+    axis = Axis.around(low, high)
 
     assert axis.low <= low and axis.high >= high
     assert 2 <= len(axis.ticks) <= 8
@@ -294,18 +363,18 @@ def test_a_value_on_the_border_of_the_states_is_inside():
 
 
 def test_numbers_read_as_people_write_them():
-    assert [_share_text(x) for x in (0.005, 0.072, 0.0996, 0.34)] == ["0.5%", "7.2%", "10%", "34%"]
-    assert [_signed_text(x) for x in (0.0461, -0.0123, None)] == [
+    assert [share_text(x) for x in (0.005, 0.072, 0.0996, 0.34)] == ["0.5%", "7.2%", "10%", "34%"]
+    assert [signed_text(x) for x in (0.0461, -0.0123, None)] == [
         "+0.046",
         f"{MINUS}0.012",
         UNKNOWN,
     ]
-    assert [_number_text(x) for x in (0.0, 0.1234, 5.678, 12.34, 345.6)] == [
+    assert [number_text(x) for x in (0.0, 0.1234, 5.678, 12.34, 345.6)] == [
         "0.000", "0.123", "5.68", "12.3", "346",
     ]  # fmt: skip
-    assert [_number_text(x) for x in (None, float("nan"), float("inf"), 1.2e-5)] == [
+    assert [number_text(x) for x in (None, float("nan"), float("inf"), 1.2e-5)] == [
         UNKNOWN, UNKNOWN, "∞", "1.2e-05",
     ]  # fmt: skip
-    assert [_tokens_text(x) for x in (900, 3_210_000, 2e9, 1.5e13)] == [
+    assert [tokens_text(x) for x in (900, 3_210_000, 2e9, 1.5e13)] == [
         "900", "3.21 million", "2 billion", "15 trillion",
     ]  # fmt: skip

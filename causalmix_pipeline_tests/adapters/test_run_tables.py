@@ -2,12 +2,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from causalmix_pipeline.adapters.run_tables import (
-    import_runs,
-    open_table,
-    read_mixtures,
-    read_states,
-)
+from causalmix_pipeline.adapters.run_tables import import_runs, read_mixtures
+from causalmix_pipeline.adapters.state_tables import read_states
+from causalmix_pipeline.adapters.table_files import open_table
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError, EstimationError
 
 DOMAINS = ("code", "math", "web")

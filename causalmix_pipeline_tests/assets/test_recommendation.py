@@ -1,6 +1,7 @@
 """From runs with a known truth to a mixture; the reference where no run has been."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -10,9 +11,10 @@ from causalmix_pipeline.adapters.report_html import ReportData
 from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.assets import recommendation
-from causalmix_pipeline.assets.recommendation import choose_mixture, interval, regmix_mixture
+from causalmix_pipeline.assets.recommendation import choose_mixture, interval
 from causalmix_pipeline.assets.report import report_data
 from causalmix_pipeline.assets.validation import larger_config, realised_gains
+from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.resources.settings import Settings
 
@@ -82,18 +84,13 @@ def test_a_tighter_region_and_a_least_share_are_kept_to_and_told():
     assert trust["value"] <= 0.02 + 1e-9
 
 
-def test_nearly_out_of_reach_half_the_radius_is_left():
-    policy = settings(trust_radius=0.5)
-    reference_D = np.full(4, 0.25)
+def test_beyond_the_runs_the_radius_is_divided_by_the_distance():
+    value = choose(RUNS.state_NDP[0] + 2.5, trust_radius=0.5)
 
-    near = recommendation.constraints_of(policy, live(RUNS.state_NDP[0]), reference_D, "supported")
-    far = recommendation.constraints_of(
-        policy, live(RUNS.state_NDP[0]), reference_D, "extrapolating"
-    )
-
-    assert near.trust_radius == 0.5
-    assert far.trust_radius == 0.25
-    assert near.budget_tokens == 4 * 10**6  # the live pool's tokens, where none is set
+    assert value["verdict"] == "extrapolating"
+    trust = next(row for row in value["slack"] if row["constraint"] == "trust region")
+    assert trust["limit"] == pytest.approx(0.5 / value["overlap_score"])
+    assert value["budget_tokens"] == 4 * 10**6  # the live pool's tokens, where none is set
 
 
 def test_the_same_seed_gives_the_same_recommendation():
@@ -104,17 +101,36 @@ def test_weights_are_normalised_and_the_order_is_the_run_tables():
     assert recommendation.weights_of(settings(), RUNS).tolist() == [0.75, 0.25]
 
 
-def test_regmix_prefers_what_its_trees_prefer(monkeypatch):
-    monkeypatch.setattr(recommendation, "REGMIX_CANDIDATES", 4000)
-    equal_D = np.full(4, 0.25)
+def test_a_guard_rail_is_kept_to_and_told():
+    free = choose(RUNS.state_NDP[0], trust_radius=None)
+    losing = min(free["task_gains"], key=lambda row: row["gain"])
+    limit = round(max(-losing["gain"], 0.0) / 2, 4)
 
-    best_D = regmix_mixture(RUNS, equal_D, np.array([1.0, 0.0]), seed=0)
+    value = choose(RUNS.state_NDP[0], trust_radius=None, guard_rails={losing["task"]: limit})
 
-    mean_gain = np.mean(
-        [TRUTH.expected_gain(s, best_D[None], equal_D)[0, 0] for s in RUNS.distinct_states()[1]]
-    )
-    assert best_D.sum() == pytest.approx(1.0)
-    assert mean_gain > 0
+    row = next(r for r in value["slack"] if r["constraint"] == f"{losing['task']}: guard rail")
+    assert row["value"] <= limit + 1e-9
+    told = next(r for r in value["task_gains"] if r["task"] == losing["task"])
+    assert told["gain"] >= -limit - 1e-9
+    with pytest.raises(ValueError, match=r"policy.guard_rails must name tasks .*got 'speed'"):
+        settings(guard_rails={"speed": 0.1})
+
+
+def test_analytical_needs_the_forest_of_log_shares():
+    with pytest.raises(ConfigError, match="only causal_forest_log has"):
+        choose(RUNS.state_NDP[0], name="analytical")
+
+
+def test_the_baselines_stand_in_a_table_with_the_reference():
+    frame = live(RUNS.state_NDP[0]).with_columns(natural_share=pl.lit(0.25))
+    project = SimpleNamespace(settings=settings(reference="natural"))
+
+    found = recommendation.baseline_mixtures(project, frame, RUNS.to_frame()).value
+
+    assert found.columns == [
+        "domain", "equal", "natural", "grid", "regmix", "log_linear", "reference"]  # fmt: skip
+    for name in found.columns[1:]:
+        assert found[name].sum() == pytest.approx(1)
 
 
 def test_an_unknown_interval_stays_unknown():
@@ -158,7 +174,9 @@ def test_a_finished_project_has_its_mixture_export_and_report(finished):
     total = value["budget_tokens"]
     for domain, tokens in read.iter_rows():
         assert tokens / total == pytest.approx(shares[domain], abs=0.05)
-    assert "<svg" in (data / "reports" / "report.html").read_text()
+    page = (data / "reports" / "report.html").read_text()
+    assert "<svg" in page
+    assert "Do pool states matter?" in page
 
 
 def test_realised_gains_are_paired_by_seed():

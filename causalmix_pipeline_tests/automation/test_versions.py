@@ -25,16 +25,22 @@ def versions(root, **overrides) -> dict[str, str]:
     }
 
 
+IMPORTED = [{"source": "team_b", "ratios": "r.csv", "metrics": "m.csv", "covariates": "x.csv"}]
+
+
 @pytest.mark.parametrize(
     ("overrides", "stale"),
     [
         ({}, set()),
+        ({"imported_runs": IMPORTED}, {"imported_runs"}),
         ({"seed": 1}, RECOMMENDATION | {"cate_model", "cate_checks", "training_export"}
          | {"validation_runs"}),
         ({"policy": {"trust_radius": 0.1}}, RECOMMENDATION),
         ({"policy": {"budget_tokens": 10**6}}, RECOMMENDATION | {"training_export"}),
-        ({"tasks": [TASKS[0] | {"weight": 0.5}, TASKS[1]]}, RECOMMENDATION | {"validation_runs"}),
-        ({"tasks": TASKS[:1]}, RECOMMENDATION | {"eval_tasks", "validation_runs"}),
+        ({"tasks": [TASKS[0] | {"weight": 0.5}, TASKS[1]]}, RECOMMENDATION | {"validation_runs"}
+         | {"cate_interpretation", "cate_checks"}),
+        ({"tasks": TASKS[:1]}, RECOMMENDATION | {"eval_tasks", "validation_runs"}
+         | {"cate_interpretation", "cate_checks"}),
         ({"covariates": ["log2_tokens"]}, {"run_table", "live_covariates"}),
         ({"covariates": ["mtld_p90"]}, {"run_table", "live_covariates"}
          | {"pool_states", "normaliser"}),
@@ -62,6 +68,15 @@ def test_an_edited_setting_makes_stale_what_it_decides(tmp_path, overrides, stal
     after = versions(tmp_path / "after", **overrides)
 
     assert {name for name in before if before[name] != after[name]} == stale
+
+
+def test_other_content_of_an_imported_table_makes_the_imported_runs_stale(tmp_path):
+    before = versions(tmp_path, imported_runs=IMPORTED)
+    (tmp_path / "m.csv").write_text("run,math,code\n")
+
+    after = versions(tmp_path, imported_runs=IMPORTED)
+
+    assert {name for name in before if before[name] != after[name]} == {"imported_runs"}
 
 
 def test_other_held_out_text_makes_the_tasks_stale(tmp_path):

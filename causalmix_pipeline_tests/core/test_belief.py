@@ -7,6 +7,7 @@ import pytest
 from causalmix_pipeline.adapters.estimators import make_estimator
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.core.belief import (
+    EDGE_SCORE,
     confounding,
     gain_interval,
     noise_floor,
@@ -37,16 +38,34 @@ def test_states_of_the_same_kind_are_supported():
 
 
 def test_a_far_shift_of_every_domain_is_unsupported():
-    assert share_of("unsupported", shifted(3.0, slice(0, 6))) == 1.0
+    assert share_of("unsupported", shifted(6.0, slice(0, 6))) == 1.0
+    assert share_of("extrapolating", shifted(2.0, slice(0, 6))) >= 0.9
 
 
 def test_a_far_shift_of_one_domain_does_not_drown_among_the_others():
     """A distance over all 24 dimensions calls 3 standard deviations in one domain supported."""
     far = shifted(3.0, slice(2, 3))
 
-    assert share_of("unsupported", far) >= 0.6
     assert share_of("supported", far) <= 0.02
+    assert share_of("unsupported", shifted(9.0, slice(2, 3))) == 1.0
     assert {int(np.argmax(overlap(s, STATES_SDP).domain_score_D)) for s in far} == {2}
+
+
+def test_effects_are_read_at_the_state_itself_within_reach_and_at_an_edge_beyond():
+    near, far = shifted(0.0, slice(0, 6))[0], shifted(5.0, slice(0, 6))[0]
+    edge_DP = overlap(far, STATES_SDP).edge_DP
+
+    assert (overlap(near, STATES_SDP).edge_DP == near).all()
+    assert overlap(edge_DP, STATES_SDP).score == pytest.approx(EDGE_SCORE, abs=1e-3)
+    toward_DP = (edge_DP - STATES_SDP.mean(axis=0)) / (far - STATES_SDP.mean(axis=0))
+    assert np.ptp(toward_DP) < 1e-6
+
+
+def test_doubt_grows_with_the_distance_and_is_none_within_reach():
+    near, far = (overlap(shifted(by, slice(0, 6))[0], STATES_SDP) for by in (0.0, 3.0))
+
+    assert near.doubt == 1
+    assert far.doubt == far.score > 2
 
 
 def test_a_shift_of_two_is_told_from_none():

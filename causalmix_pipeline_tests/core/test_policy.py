@@ -16,6 +16,7 @@ from causalmix_pipeline.core.mixture import dirichlet_design, is_on_simplex, kl_
 from causalmix_pipeline.core.policy import (
     SEARCH_CANDIDATES,
     Constraints,
+    level_spread,
     recommend,
     weighted_gain,
 )
@@ -268,6 +269,226 @@ def test_a_task_without_weight_needs_no_standard_error():
     )
 
 
+@pytest.mark.parametrize("radius", [None, 0.3])
+def test_the_optimum_is_found_among_many_domains(radius):
+    """By the closed form; inside a trust region no random mixture is better."""
+    rng = np.random.default_rng(0)
+    domains = [f"d{i}" for i in range(24)]
+    theta_D = rng.exponential(size=24)
+    estimator, equal_D = RootEstimator([theta_D.tolist()]), np.full(24, 1 / 24)
+    constraints = replace(free(equal_D), trust_radius=radius)
+
+    best = recommend(
+        "optimum", estimator, np.zeros((24, 0)), np.ones(1), constraints, domains=domains
+    )
+
+    by_hand_D = theta_D**2 / (theta_D**2).sum()
+    unbound = np.sqrt(by_hand_D) @ theta_D - np.sqrt(equal_D) @ theta_D
+    if radius is None:
+        assert best.gain == pytest.approx(unbound, abs=1e-3)
+        return
+    # Mixtures between the reference and the free optimum that lie on the border.
+    path = constraints.project(
+        equal_D + rng.uniform(size=(500, 1)) * (by_hand_D - equal_D), domains
+    )
+    along = (np.sqrt(path) - np.sqrt(equal_D)) @ theta_D
+    assert along.max() - 1e-6 <= best.gain < unbound
+    assert kl_divergence(best.mixture_D, equal_D) == pytest.approx(radius, abs=1e-3)
+
+
+class SteppedStack(RootEstimator):
+    """A smooth part that the search may ask, and a whole that differs from it."""
+
+    n_whole = 0
+
+    def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
+        self.n_whole += len(mixture_MD)
+        gain = super().gain(state_DP, mixture_MD, reference_D)
+        return Gain(gain.mean_MT + np.where(mixture_MD[:, :1] > 0.5, -9.0, 0.0), gain.se_MT)
+
+    def smooth_gain(
+        self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray
+    ) -> Gain:
+        return super().gain(state_DP, mixture_MD, reference_D)
+
+
+def test_the_whole_estimator_is_asked_of_the_last_candidates_only_and_decides():
+    estimator = SteppedStack([[5, 1, 1]])
+
+    best = choose(estimator, free())
+
+    assert estimator.n_whole < 100
+    assert best.gain >= 0  # the reference was in the race to the end
+
+
+# Guard rails
+
+TASKS = ("first", "second", "third")
+#: Each task learns from its own domain alone.
+APART = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_gains_linear_in_the_shares_need_a_trust_region():
+    """Without one the best mixture is a single domain, whatever the effects."""
+    estimator = RootEstimator([[1.0, 0.5, 0.2]])
+    estimator.needs_trust_region = True
+
+    with pytest.raises(ConfigError, match=r"policy.trust_radius must be set .* got none"):
+        choose(estimator, free())
+    kept = replace(free(), trust_radius=0.1)
+    assert choose(estimator, kept).mixture_D.max() < 0.9
+
+
+def guarded(rails: dict[str, float], policy: str = "optimum", se: float = 0.0, **more):
+    constraints = replace(free(), guard_rails=rails)
+    return choose(RootEstimator(APART, se=se), constraints, policy, tasks=TASKS, **more)
+
+
+@pytest.mark.parametrize("policy", ["optimum", "search"])
+def test_a_guard_rail_of_a_task_without_weight_is_kept_to_and_binds(policy):
+    """All to the first task but for what the second may not lose: sqrt(1/3) - .1 squared."""
+    best = guarded({"second": 0.1}, policy)
+
+    least = (np.sqrt(1 / 3) - 0.1) ** 2
+    assert best.gain_T[1] >= -0.1 - 1e-9
+    assert best.mixture_D[1] == pytest.approx(least, abs=0.02)
+    row = best.slack.row(by_predicate=pl.col("constraint") == "second: guard rail", named=True)
+    assert row["limit"] == 0.1
+    assert row["value"] == pytest.approx(-best.gain_T[1])
+    assert not best.only_reference
+    if policy == "optimum":
+        assert row["binds"]
+        assert best.mixture_D[0] == pytest.approx(1 - least, abs=2e-3)
+
+
+def test_a_loose_guard_rail_changes_nothing_and_does_not_bind():
+    loose, none = guarded({"third": 5.0}), choose(RootEstimator(APART), free())
+
+    assert loose.gain == pytest.approx(none.gain, abs=1e-6)
+    assert not loose.slack["binds"].any()
+
+
+def test_a_guard_rail_holds_for_the_lower_bound():
+    plain = guarded({"second": 0.3}, se=0.1, confidence_z=0.0)
+    careful = guarded({"second": 0.3}, se=0.1, confidence_z=2.0)
+
+    assert careful.gain_T[1] - 2 * careful.gain_se_T[1] >= -0.3 - 1e-9
+    assert careful.gain_T[1] > plain.gain_T[1] + 0.01
+
+
+@pytest.mark.parametrize("policy", ["optimum", "search"])
+def test_where_guard_rails_allow_nothing_else_the_reference_is_kept_and_it_is_said(policy):
+    """Each task has a domain of its own, and none may lose: nothing can move."""
+    best = guarded(dict.fromkeys(TASKS, 0.0), policy)
+
+    np.testing.assert_allclose(best.mixture_D, EQUAL_D, atol=1e-9)
+    assert best.only_reference
+    assert best.gain == 0
+
+
+@pytest.mark.parametrize(
+    ("rails", "message"),
+    [
+        ({"speed": 0.1}, r"guard_rails must name tasks \(first, second, third\), got speed"),
+        ({"first": -0.1}, r"guard_rails: first must be .* >= 0, got -0.1"),
+    ],
+)
+def test_guard_rails_that_make_no_sense_are_refused(rails, message):
+    with pytest.raises(ConfigError, match=message):
+        guarded(rails)
+
+
+def test_guard_rails_that_no_allowed_mixture_keeps_are_refused():
+    constraints = replace(free(), guard_rails={"second": 0.0}, upper_D=np.array([1, 0.2, 1.0]))
+
+    with pytest.raises(ConfigError, match=r"guard_rails: of \d+ mixtures .* none keeps them"):
+        choose(RootEstimator(APART), constraints, tasks=TASKS)
+
+
+# The closed form
+
+
+class LogEstimator(RootEstimator):
+    """Known truth: outcome of task t is sum over domains of theta_td log(share_d + .01)."""
+
+    name = "causal_forest_log"
+    coordinates = "log"
+    log_offset = 0.01
+
+    def effect(self, state_DP: np.ndarray) -> np.ndarray:
+        return self.theta_TD.T
+
+    def predict(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> np.ndarray:
+        return np.log(mixture_MD + self.log_offset) @ self.theta_TD.T
+
+
+WIDE = dirichlet_design(256, 3, strength_range=(0.4, 3.0), seed=1)
+NARROW = dirichlet_design(256, 3, strength_range=(60.0, 200.0), seed=1)
+
+
+def closed(theta_TD: list[list[float]], constraints: Constraints | None = None, **more):
+    constraints = constraints or free()
+    more = {"design_ND": WIDE} | more
+    return choose(LogEstimator(theta_TD), constraints, "analytical", **more)
+
+
+def test_analytical_shares_are_in_proportion_to_positive_effects():
+    best = closed([[3, 1, -2], [0, 4, 0]], weights_T=np.array([0.5, 0.25]))
+
+    np.testing.assert_allclose(best.mixture_D, np.array([1.5, 1.5, 0]) / 3)
+    by_search = choose(LogEstimator([[3, 1, 2]]), free())
+    np.testing.assert_allclose(closed([[3, 1, 2]]).mixture_D, by_search.mixture_D, atol=0.02)
+
+
+def test_analytical_is_brought_into_the_constraints():
+    best = closed([[3, 1, 0]], replace(free(), trust_radius=0.05, upper_D=np.array([0.4, 1, 1])))
+
+    assert best.mixture_D[0] <= 0.4 + 1e-9
+    assert kl_divergence(best.mixture_D, EQUAL_D) <= 0.05 + 1e-9
+    np.testing.assert_allclose(best.unconstrained_D, [0.75, 0.25, 0])
+    bound = closed(
+        [[3, 1, 0], [0, 0, 1], [0, 0, 0]],
+        replace(free(), guard_rails={"second": 0.2}),
+        tasks=TASKS,
+    )
+    assert -0.2 - 1e-9 <= bound.gain_T[1] < -0.15
+
+
+def test_analytical_refuses_a_design_that_does_not_tell_the_level():
+    """A constant added to all effects moves no outcome of narrow runs, and all of the mixture."""
+    with pytest.raises(ConfigError, match=r"identify the level of effects.*at least 0\.6, got 0\."):
+        closed([[3, 1, 0]], design_ND=NARROW)
+
+
+def level_error(design_ND: np.ndarray) -> float:
+    """Error of the level of effects in a regression on log shares with noise, in its own sd."""
+    rng = np.random.default_rng(0)
+    coordinate_ND = np.log(design_ND + 0.01)
+    columns = np.column_stack([coordinate_ND, np.ones(len(design_ND))])
+    noise_NK = rng.normal(size=(len(design_ND), 400))
+    return float(np.linalg.lstsq(columns, noise_NK, rcond=None)[0][:3].sum(axis=0).std())
+
+
+@pytest.mark.parametrize("design_ND", [WIDE, NARROW, WIDE[:64]])
+def test_the_error_of_the_level_is_what_its_spread_says(design_ND):
+    told = 1 / (level_spread(design_ND, 0.01) * np.sqrt(len(design_ND)))
+
+    assert level_error(design_ND) == pytest.approx(told, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "more", "message"),
+    [
+        (RootEstimator([[1, 1, 1]]), {"design_ND": WIDE}, "only causal_forest_log has, got root"),
+        (LogEstimator([[1, 1, 1]]), {}, r"needs the mixtures of the runs"),
+        (LogEstimator([[-1, 0, -2]]), {"design_ND": WIDE}, r"a positive effect .* take policy"),
+    ],
+)
+def test_analytical_refuses_effects_that_give_no_mixture(estimator, more, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(estimator, free(), "analytical", **more)
+
+
 # Refusals
 
 
@@ -308,7 +529,7 @@ def test_constraints_that_no_mixture_meets_are_refused_by_name(changes, message)
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():
     with pytest.raises(
-        ConfigError, match=r"policy\.name must be one of optimum, search, got 'best'"
+        ConfigError, match=r"policy\.name must be one of optimum, search, analytical, got 'best'"
     ):
         choose(RootEstimator([[1, 1, 1]]), free(), policy="best")
 

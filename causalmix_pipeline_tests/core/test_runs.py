@@ -153,3 +153,44 @@ def test_a_frame_without_its_columns_is_refused(runs):
 def test_a_frame_that_lacks_one_domains_covariate_is_refused(runs):
     with pytest.raises(EstimationError, match="domain_1__covariate_0"):
         RunTable.from_frame(runs.to_frame().drop("state__domain_1__covariate_0"))
+
+
+def test_runs_of_several_sources_come_back_from_a_frame_with_their_labels(runs):
+    label_N = tuple("team_b" if state > 2 else "own" for state in runs.state_ids)
+    mixed = replace(runs, source_N=label_N, observational_sources=("team_b", "gone"))
+
+    back = RunTable.from_frame(mixed.to_frame())
+
+    assert back.source_N == label_N
+    assert back.sources == ("own", "team_b")
+    assert back.observational_sources == ("team_b",)
+    assert back.subset(np.array(label_N) == "own").observational_sources == ()
+
+
+def test_a_frame_of_own_runs_has_no_further_column(runs):
+    assert not {"source", "randomised"} & set(runs.to_frame().columns)
+    assert runs.sources == ("own",)
+
+
+def test_own_runs_may_be_observational(runs):
+    table = replace(runs, observational_sources=("own",))
+
+    assert RunTable.from_frame(table.to_frame()).observational_sources == ("own",)
+
+
+def test_a_state_belongs_to_one_source(runs):
+    label_N = ("team_b", *("own",) * (runs.n_runs - 1))
+
+    with pytest.raises(EstimationError, match="must have the same source, but run"):
+        replace(runs, source_N=label_N)
+    with pytest.raises(EstimationError, match=r"source_N must have 14 labels, got 1"):
+        replace(runs, source_N=("team_b",))
+
+
+def test_a_state_with_more_mixtures_counts_for_several():
+    pool = SyntheticPool.draw(3, 2, 1)
+    runs = pool.run_table(9, 2, n_repeats=3)
+    assert len(runs.weighed_states()) == 9  # repeats tell no more of a state
+
+    few = runs.subset(np.isin(runs.state_ids, [0, 1, 2]) | (np.arange(runs.n_runs) % 2 == 0))
+    assert len(few.weighed_states()) == 9 + 3  # three states with 2 mixtures where 1 is usual
