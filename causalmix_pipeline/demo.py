@@ -151,11 +151,12 @@ def show_first(work: Workspace, made: Sequence[str], n_trained: int, started: fl
     )
     heading(console, "Estimators, on pool states that they haven't seen (tasks that count)")
     console.print(estimator_table(work.value("cate_model"), counted))
-    factors = work.value("cate_model")["interval_factors"]
-    widest = max(factors[task] for task in counted)
+    calibration = [work.value("cate_model")["calibration"][task] for task in counted]
+    widest, least = max(c["factor"] for c in calibration), min(c["slope"] for c in calibration)
     console.print(
         f"Intervals below are widened by up to {widest:.2f}, so that 90% of the gains on unseen "
-        "states lie inside."
+        f"states lie inside, and gains are multiplied by {least:.2f} or more, as far as they held "
+        "there."
     )
     heading(console, "Recommended mixture, and what each would gain over the reference")
     console.print(mixture_table(best))

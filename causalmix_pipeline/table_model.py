@@ -12,6 +12,7 @@ import polars as pl
 from causalmix_pipeline.adapters.estimators import (
     ESTIMATOR_NAMES,
     CombinedEstimator,
+    calibration_of,
     choose_estimator,
     fit_chosen,
 )
@@ -23,6 +24,7 @@ from causalmix_pipeline.adapters.table_files import open_table, shared_key
 from causalmix_pipeline.core.belief import confounding, noise_floor
 from causalmix_pipeline.core.effects import MINIMUM_RUNS, assign_folds
 from causalmix_pipeline.core.errors import ConfigError, EstimationError, PoolError
+from causalmix_pipeline.core.gain_calibration import GainCalibration, read_calibration
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.work import InProcess
 
@@ -46,7 +48,7 @@ N_FOLDS = 5
 FEW_RUNS = 96
 
 #: Version of what `Model.save` writes.
-FORMAT = 1
+FORMAT = 2
 
 #: A frame or a CSV or Parquet file.
 TableSource = pl.DataFrame | Path | str
@@ -63,7 +65,7 @@ class Model:
         seed: of folds, fits and searches.
         chosen: the estimator that answers, per metric.
         parameters: its hyper-parameters, by estimator.
-        interval_factors: what standard errors are multiplied by, per metric.
+        calibration: what gains are corrected by, per metric.
         scores: a row per estimator and metric, of runs of unseen states.
         out_of_fold_NT: what the chosen estimator predicts of each run left out; outcomes.
         tokens_D: tokens of the domains, where all runs have the same.
@@ -76,7 +78,7 @@ class Model:
     seed: int
     chosen: dict[str, str]
     parameters: dict[str, dict]
-    interval_factors: dict[str, float]
+    calibration: dict[str, GainCalibration]
     scores: pl.DataFrame
     out_of_fold_NT: np.ndarray
     tokens_D: np.ndarray | None
@@ -85,7 +87,7 @@ class Model:
     @cached_property
     def estimator(self) -> CombinedEstimator:
         """The chosen estimators, conditioned on all runs without a new search."""
-        return fit_chosen(self.runs, self.chosen, self.seed, self.parameters, self.interval_factors)
+        return fit_chosen(self.runs, self.chosen, self.seed, self.parameters, self.calibration)
 
     @cached_property
     def weighted(self) -> tuple[CombinedEstimator, np.ndarray]:
@@ -98,7 +100,7 @@ class Model:
             {task: self.chosen[task] for task in counted},
             self.seed,
             self.parameters,
-            {task: self.interval_factors[task] for task in counted},
+            self.calibration,
         )
         return fitted, self.weights_T[self.weights_T > 0]
 
@@ -118,7 +120,7 @@ class Model:
             "seed": self.seed,
             "chosen": self.chosen,
             "parameters": self.parameters,
-            "interval_factors": self.interval_factors,
+            "calibration": {task: one.to_dict() for task, one in self.calibration.items()},
             "tokens": None if self.tokens_D is None else self.tokens_D.tolist(),
             "notes": list(self.notes),
         }
@@ -172,7 +174,7 @@ class Model:
             seed=value["seed"],
             chosen=value["chosen"],
             parameters=value["parameters"],
-            interval_factors=value["interval_factors"],
+            calibration=read_calibration(value["calibration"]),
             scores=frames["scores"],
             out_of_fold_NT=frames["out_of_fold"].to_numpy(),
             tokens_D=None if value["tokens"] is None else np.array(value["tokens"]),
@@ -246,10 +248,8 @@ def fit(
     scores = choice.frame.with_columns(
         chosen=pl.col("estimator") == pl.col("task").replace_strict(chosen)
     )
-    factors = dict(
-        scores.filter("chosen").select("task", pl.col("interval_factor").fill_null(1.0)).iter_rows()
-    )
-    fitted = fit_chosen(runs, chosen, seed, choice.parameters, factors)
+    calibration = calibration_of(scores.filter("chosen"))
+    fitted = fit_chosen(runs, chosen, seed, choice.parameters, calibration)
     model = Model(
         runs=runs,
         sign_T=imported.sign_T,
@@ -257,7 +257,7 @@ def fit(
         seed=seed,
         chosen=chosen,
         parameters=fitted.parameters()["members"],
-        interval_factors=factors,
+        calibration=calibration,
         scores=scores,
         out_of_fold_NT=np.column_stack(
             [choice.validations[chosen[t]].prediction_NT[:, i] for i, t in enumerate(runs.tasks)]

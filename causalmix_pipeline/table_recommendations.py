@@ -77,9 +77,10 @@ def recommend(
 
     Returns:
         A row per pool: `pool`, a share for each domain, `gain`, `gain_lower`, `gain_upper` (a 90%
-        interval; null where none can be told), `verdict`. An `unsupported` pool gets the reference,
-        or the nearest mixture that is allowed, and no gain; for an `extrapolating` one effects are
-        read at the edge of reach, the interval is wider and a trust radius smaller.
+        interval; null where none can be told), `verdict`. A gain is what `predict` says, times
+        what held of gains on pool states left out (`Model.calibration`). An `unsupported` pool gets
+        the reference, or the nearest mixture that is allowed, and no gain; for an `extrapolating`
+        one effects are read at the edge of reach, the interval is wider and a trust radius smaller.
 
     Raises:
         ConfigError: for options that can't be met.
@@ -142,7 +143,7 @@ def _asked(model: Model, tasks: Iterable[str] = (), policy: str = "optimum") -> 
         policy=policy,
         seed=model.seed,
         parameters=model.parameters,
-        interval_factors=model.interval_factors,
+        calibration=model.calibration,
     )
 
 

@@ -160,7 +160,7 @@ def condition(
     )
     # Fitted now, so that runs that no estimator can take are refused before anything is saved.
     conditioned.__dict__["estimator"] = fit_chosen(
-        conditioned.runs, model.chosen, model.seed, model.parameters, model.interval_factors
+        conditioned.runs, model.chosen, model.seed, model.parameters, model.calibration
     )
     return conditioned
 

@@ -36,7 +36,10 @@ def test_the_gain_is_the_weighted_mean_of_gains_with_its_interval(model):
         d: [mixture_D[i], EQUAL_D[i]] for i, d in enumerate(DOMAINS)}})  # fmt: skip
     state = pl.DataFrame({"run": ["x", "y"], **state_columns(np.stack([STATES[0]] * 2))})
     x, y = predict(model, both, state).rows(named=True)
-    expected = 0.5 * (y["loss"] - x["loss"]) + 0.5 * (x["score"] - y["score"])
+    predicted = {"loss": y["loss"] - x["loss"], "score": x["score"] - y["score"]}
+    expected = sum(
+        0.5 * (g * model.calibration[task].slope if g > 0 else g) for task, g in predicted.items()
+    )
     assert row["gain"] == pytest.approx(expected)
     _, se_M = weighted_gain(
         model.estimator, STATES[0], mixture_D[None], EQUAL_D, np.array([0.5, 0.5])

@@ -115,7 +115,7 @@ def test_conditioning_searches_nothing_and_cuts_the_error_at_the_pool(model, top
 
     assert topped_up.parameters == model.parameters
     assert topped_up.chosen == model.chosen
-    assert topped_up.interval_factors == model.interval_factors
+    assert topped_up.calibration == model.calibration
     assert error(topped_up) < 0.5 * error(model)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from causalmix_pipeline.adapters.estimators import fit_chosen, make_estimator
 from causalmix_pipeline.core.effects import EffectEstimator
+from causalmix_pipeline.core.gain_calibration import GainCalibration
 from causalmix_pipeline.core.runs import RunTable
 
 #: The estimator with effects of log shares, which the policy `analytical` needs.
@@ -42,7 +43,7 @@ def fit_asked(
     policy: str = "optimum",
     seed: int = 0,
     parameters: Mapping[str, Mapping] | None = None,
-    interval_factors: Mapping[str, float] | None = None,
+    calibration: Mapping[str, GainCalibration] | None = None,
 ) -> Asked:
     """Fit the chosen estimators of the tasks that have a weight or a guard rail.
 
@@ -55,7 +56,7 @@ def fit_asked(
             since it alone tells effects.
         seed: of the estimators.
         parameters: as `fit_chosen` takes them.
-        interval_factors: as `fit_chosen` takes them.
+        calibration: as `fit_chosen` takes them.
     """
     tasks = tuple(t for t in runs.tasks if weights.get(t, 0) > 0 or t in guarded)
     wanted = {task: chosen[task] for task in tasks}
@@ -63,5 +64,5 @@ def fit_asked(
     selected = runs.select_tasks(tasks)
     if policy == "analytical" and set(wanted.values()) == {LOG_EFFECTS}:
         return Asked(make_estimator(LOG_EFFECTS, seed).fit(selected), tasks, weights_T)
-    estimator = fit_chosen(selected, wanted, seed, parameters, interval_factors)
+    estimator = fit_chosen(selected, wanted, seed, parameters, calibration)
     return Asked(estimator, tasks, weights_T)

@@ -32,6 +32,7 @@ from causalmix_pipeline.core.effects import (
     score_folds,
 )
 from causalmix_pipeline.core.errors import ConfigError, EstimationError
+from causalmix_pipeline.core.gain_calibration import GainCalibration, calibrated
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.work import InProcess, WorkBackend
 
@@ -106,10 +107,16 @@ class EstimatorChoice:
     parameters: dict[str, dict] = field(default_factory=dict)
 
     @property
-    def interval_factors(self) -> dict[str, float]:
-        """By what each task's standard errors grow so that 90% of held-out gains are covered."""
-        rows = self.frame.filter("chosen").select("task", pl.col("interval_factor").fill_null(1.0))
-        return dict(rows.iter_rows())
+    def calibration(self) -> dict[str, GainCalibration]:
+        """What each task's gains are corrected by; see `core.gain_calibration`."""
+        return calibration_of(self.frame.filter("chosen"))
+
+
+def calibration_of(scores: pl.DataFrame) -> dict[str, GainCalibration]:
+    """What the scores of the estimators that answer say of their gains, by task."""
+    names = ["task", "interval_factor", "gain_slope", "gain_slope_se"]
+    rows = scores.select(names).with_columns(pl.col("interval_factor").fill_null(1.0)).iter_rows()
+    return {task: GainCalibration(*parts) for task, *parts in rows}
 
 
 def choose_estimator(
@@ -246,7 +253,7 @@ def fit_chosen(
     chosen: Mapping[str, str],
     seed: int = 0,
     parameters: Mapping[str, Mapping] | None = None,
-    interval_factors: Mapping[str, float] | None = None,
+    calibration: Mapping[str, GainCalibration] | None = None,
 ) -> CombinedEstimator:
     """Fit each task's chosen estimator on all runs.
 
@@ -256,7 +263,7 @@ def fit_chosen(
         seed: of the estimators.
         parameters: `parameters()["members"]` of an earlier fit on these runs; an estimator that
             can reuse its own isn't searched again.
-        interval_factors: what to multiply each task's standard errors by; None for 1.
+        calibration: what to correct each task's gains by; nothing where there is none.
 
     Raises:
         EstimationError: if a task has no choice, or a choice has no task.
@@ -266,7 +273,7 @@ def fit_chosen(
             f"the choice must name exactly the tasks {', '.join(runs.tasks)}, got "
             f"{', '.join(chosen) or 'none'}: choose again on these runs."
         )
-    return CombinedEstimator(chosen, seed, parameters, interval_factors).fit(runs)
+    return CombinedEstimator(chosen, seed, parameters, calibration).fit(runs)
 
 
 class CombinedEstimator:
@@ -282,19 +289,20 @@ class CombinedEstimator:
         chosen: Mapping[str, str],
         seed: int = 0,
         parameters: Mapping[str, Mapping] | None = None,
-        interval_factors: Mapping[str, float] | None = None,
+        calibration: Mapping[str, GainCalibration] | None = None,
     ):
         """Set up unfitted estimators; `chosen` gives the name per task."""
         self.chosen = dict(chosen)
         self.seed = seed
         self._known = dict(parameters or {})
-        self._factors = dict(interval_factors or {})
+        self._calibration_of = dict(calibration or {})
         self.task_correlation_TT = np.ones((0, 0))
 
     def fit(self, runs: RunTable) -> CombinedEstimator:
         """Fit each estimator on the tasks that chose it."""
         n_tasks = len(runs.tasks)
-        self._factor_T = np.array([self._factors.get(task, 1.0) for task in runs.tasks])
+        self._calibration = [self._calibration_of.get(t, GainCalibration()) for t in runs.tasks]
+        self._equal_D = np.full(len(runs.domains), 1 / len(runs.domains))
         self._members: list[tuple[list[int], EffectEstimator]] = []
         self.task_correlation_TT = np.ones((n_tasks, n_tasks))
         self.noise_variance_T = np.full(n_tasks, np.nan)
@@ -315,25 +323,31 @@ class CombinedEstimator:
         return self._gather([m.predict(state_DP, mixture_MD) for _, m in self._members])
 
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray) -> Gain:
-        """Return each task's gain by its own estimator."""
-        gains = [m.gain(state_DP, mixture_MD, reference_D) for _, m in self._members]
-        return Gain(
-            self._gather([gain.mean_MT for gain in gains]),
-            self._gather([gain.se_MT for gain in gains]) * self._factor_T,
-        )
+        """Return each task's gain by its own estimator, corrected."""
+        asks = [member.gain for _, member in self._members]
+        return self._calibrated(asks, state_DP, mixture_MD, reference_D)
 
     def smooth_gain(
         self, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray
     ) -> Gain:
         """Return gains without the stepwise members of a stack: quicker, for a search."""
-        gains = []
-        for _, member in self._members:
-            ask = member.smooth_gain if isinstance(member, StackedEstimator) else member.gain
-            gains.append(ask(state_DP, mixture_MD, reference_D))
-        return Gain(
-            self._gather([gain.mean_MT for gain in gains]),
-            self._gather([gain.se_MT for gain in gains]) * self._factor_T,
-        )
+        asks = [
+            member.smooth_gain if isinstance(member, StackedEstimator) else member.gain
+            for _, member in self._members
+        ]
+        return self._calibrated(asks, state_DP, mixture_MD, reference_D)
+
+    def _calibrated(
+        self, asks: list, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray
+    ) -> Gain:
+        gains = [ask(state_DP, mixture_MD, reference_D) for ask in asks]
+        mean_MT = self._gather([gain.mean_MT for gain in gains])
+        se_MT = self._gather([gain.se_MT for gain in gains])
+        above_T = np.zeros(mean_MT.shape[1])
+        if np.abs(reference_D - self._equal_D).max() > 1e-12:
+            over_equal = [ask(state_DP, reference_D[None], self._equal_D).mean_MT for ask in asks]
+            above_T = self._gather(over_equal)[0]
+        return Gain(*calibrated(mean_MT, se_MT, above_T, self._calibration))
 
     def parameters(self) -> dict:
         """Return the choice and each member's own parameters."""

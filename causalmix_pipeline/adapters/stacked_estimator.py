@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from causalmix_pipeline.core.effects import (
+    FOLD_ARRAYS,
     EffectEstimator,
     FoldPrediction,
     Gain,
@@ -225,7 +226,7 @@ def stack_folds(
     """
     joined = {name: join_folds(folds) for name, folds in members.items()}
     parts = {}
-    for field in ("prediction_NT", "gain_NT", "se_NT", "noise_NT"):
+    for field in FOLD_ARRAYS:
         filled = {name: getattr(one, field) for name, one in joined.items()}
         if field in ("se_NT", "noise_NT"):
             first = next((v for v in filled.values() if not np.isnan(v).all()), None)

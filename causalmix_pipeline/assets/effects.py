@@ -48,7 +48,7 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
         "parameters": fit_chosen(
             runs, choice.chosen, seed, parameters=choice.parameters
         ).parameters()["members"],
-        "interval_factors": choice.interval_factors,
+        "calibration": {task: one.to_dict() for task, one in choice.calibration.items()},
         "scores": choice.frame.to_dicts(),
         "run_ids": list(runs.run_ids),
         "out_of_fold": {
@@ -63,7 +63,8 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
         metadata={
             "R2 within unseen states": float(best["r2_within"].mean()),  # pyright: ignore[reportArgumentType]
             "Spearman on unseen states": float(best["spearman"].mean()),  # pyright: ignore[reportArgumentType]
-            "largest factor on standard errors": max(choice.interval_factors.values()),
+            "largest factor on standard errors": max(c.factor for c in choice.calibration.values()),
+            "least of a gain that holds": min(c.slope for c in choice.calibration.values()),
             "scores": markdown_table(
                 choice.frame.select("estimator", "task", "r2_within", "spearman", "chosen")
                 .sort("task", "estimator")

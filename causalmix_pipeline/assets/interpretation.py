@@ -13,6 +13,7 @@ from causalmix_pipeline.adapters.interpretation_html import Interpretation
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import effect_map, markdown_table, svg_picture
 from causalmix_pipeline.assets.recommendation import weights_of
+from causalmix_pipeline.core.gain_calibration import read_calibration
 from causalmix_pipeline.core.interpretation import (
     STEP,
     Effects,
@@ -39,7 +40,7 @@ def effects_of(
         {task: cate_model["chosen"][task] for task in counted},
         cate_model["seed"],
         cate_model["parameters"],
-        {task: cate_model["interval_factors"].get(task, 1.0) for task in counted},
+        read_calibration(cate_model["calibration"]),
     )
     return Effects(estimator, weights_T[weights_T > 0], reference_D)
 

@@ -16,6 +16,7 @@ from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import markdown_table, share_bars
 from causalmix_pipeline.core.belief import Overlap, reach_of
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
+from causalmix_pipeline.core.gain_calibration import read_calibration
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.policy import Constraints, Recommendation, recommend, weighted_gain
 from causalmix_pipeline.core.runs import RunTable
@@ -195,7 +196,8 @@ def choose_mixture(
     """The recommendation with all that explains it, as plain values."""
     domains, weights_T = runs.domains, weights_of(settings, runs)
     chosen = cate_model["chosen"]
-    kept = (settings.seed, cate_model["parameters"], cate_model["interval_factors"])
+    calibration = read_calibration(cate_model["calibration"])
+    kept = (settings.seed, cate_model["parameters"], calibration)
     estimator = fit_chosen(runs, chosen, *kept)
     reach = reach_of(runs, live_covariates.select(runs.covariates).to_numpy())
     state_DP, reference_D = reach.edge_DP, baselines["reference"].to_numpy()
@@ -211,7 +213,7 @@ def choose_mixture(
             policy=settings.policy.name,
             seed=settings.seed,
             parameters=cate_model["parameters"],
-            interval_factors=cate_model["interval_factors"],
+            calibration=calibration,
         )
         choice = recommend(
             settings.policy.name,

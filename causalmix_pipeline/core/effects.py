@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.core.errors import EstimationError
+from causalmix_pipeline.core.gain_calibration import Z90, slope_of_gains, widening
 from causalmix_pipeline.core.runs import RunTable
 
 #: Fewest proxy runs that anything is fitted on: below it, shares and tasks can't be told apart
@@ -30,12 +31,6 @@ OUTLIER_LIMIT = 50.0
 
 #: Smallest standard deviation that counts as variation, relative to the size of the values.
 RELATIVE_FLOOR = 1e-9
-
-#: Most that standard errors are multiplied by: beyond it, no interval says anything.
-WIDEST = 100.0
-
-#: Half-width of a two-sided 90% normal interval, in standard errors.
-Z90 = 1.6448536269514722
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +91,8 @@ class CrossValidation:
             (over all runs), `spearman`, `spearman_within` (of the centred values), each with `_se`
             (jackknife over states), `coverage_90` (share of observed gains over the state's first
             run inside their nominal 90% interval; null without standard errors), `interval_factor`
-            (1 or more: by what standard errors must grow so that 90% are inside), `n_gains`.
+            (1 or more: by what standard errors must grow so that 90% are inside), `n_gains`,
+            `gain_slope` and `gain_slope_se` (see `core.gain_calibration`).
     """
 
     name: str
@@ -141,6 +137,7 @@ class FoldPrediction:
         gain_NT: gains over the first run of the same state; nan for that run and other folds.
         se_NT: their standard errors; nan where the estimator has none.
         noise_NT: variance of one run's outcome around its mean; nan where unknown.
+        level_NT: expected outcome of the equal mixture in the run's state; nan for other folds.
     """
 
     name: str
@@ -148,6 +145,11 @@ class FoldPrediction:
     gain_NT: np.ndarray
     se_NT: np.ndarray
     noise_NT: np.ndarray
+    level_NT: np.ndarray
+
+
+#: The arrays of a `FoldPrediction`.
+FOLD_ARRAYS = ("prediction_NT", "gain_NT", "se_NT", "noise_NT", "level_NT")
 
 
 def predict_fold(
@@ -156,20 +158,23 @@ def predict_fold(
     """Fit on the runs outside a fold, and predict those inside."""
     estimator = make().fit(runs.subset(fold_N != fold))
     noise_T = getattr(estimator, "noise_variance_T", np.full(len(runs.tasks), np.nan))
-    prediction_NT, gain_NT, se_NT, noise_NT = np.full((4, *runs.outcome_NT.shape), np.nan)
+    shape = (len(FOLD_ARRAYS), *runs.outcome_NT.shape)
+    prediction_NT, gain_NT, se_NT, noise_NT, level_NT = np.full(shape, np.nan)
+    equal_D = np.full(len(runs.domains), 1 / len(runs.domains))
     for rows, state_DP in _rows_by_state(runs, fold_N == fold):
-        prediction_NT[rows] = estimator.predict(state_DP, runs.mixture_ND[rows])
+        asked_MD = np.vstack([equal_D, runs.mixture_ND[rows]])
+        predicted_MT = estimator.predict(state_DP, asked_MD)
+        level_NT[rows], prediction_NT[rows] = predicted_MT[0], predicted_MT[1:]
         gain = estimator.gain(state_DP, runs.mixture_ND[rows[1:]], runs.mixture_ND[rows[0]])
         gain_NT[rows[1:]], se_NT[rows[1:]] = gain.mean_MT, gain.se_MT
         noise_NT[rows] = noise_T
-    return FoldPrediction(estimator.name, prediction_NT, gain_NT, se_NT, noise_NT)
+    return FoldPrediction(estimator.name, prediction_NT, gain_NT, se_NT, noise_NT, level_NT)
 
 
 def join_folds(folds: Sequence[FoldPrediction]) -> FoldPrediction:
     """Put the predictions of all folds together."""
-    names = ("prediction_NT", "gain_NT", "se_NT", "noise_NT")
     parts = {}
-    for name in names:
+    for name in FOLD_ARRAYS:
         first, *others = (getattr(fold, name) for fold in folds)
         parts[name] = first
         for other in others:
@@ -182,7 +187,7 @@ def score_folds(
 ) -> CrossValidation:
     """Score the predictions of all folds; see `CrossValidation`."""
     joined = join_folds(folds)
-    frame = _score_table(runs, joined.prediction_NT, _errors(runs, fold_N, joined))
+    frame = _score_table(runs, joined, _errors(runs, fold_N, joined))
     return CrossValidation(joined.name, runs.run_ids, fold_N, joined.prediction_NT, frame)
 
 
@@ -394,33 +399,13 @@ def _errors(
     return np.abs(error_NT), joined.se_NT**2, 2 * joined.noise_NT
 
 
-def widening(error_M: np.ndarray, variance_M: np.ndarray, noise_M: np.ndarray) -> float:
-    """By what standard errors must grow so that 90% of held-out gains are inside; 1 or more.
-
-    Args:
-        error_M: distance of each observed gain from the predicted.
-        variance_M: variance of the predicted gain.
-        noise_M: variance of the seed noise in the observed one; it doesn't grow.
-    """
-
-    def covered(factor: float) -> float:
-        return float(np.mean(error_M <= Z90 * np.sqrt(factor**2 * variance_M + noise_M)))
-
-    if covered(1.0) >= 0.9:
-        return 1.0
-    low, high = 1.0, WIDEST
-    for _ in range(40):
-        middle = np.sqrt(low * high)
-        low, high = (low, middle) if covered(middle) >= 0.9 else (middle, high)
-    return float(high)
-
-
 def _score_table(
     runs: RunTable,
-    prediction_NT: np.ndarray,
+    joined: FoldPrediction,
     errors_NT: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> pl.DataFrame:
-    observed_NT = runs.outcome_NT
+    observed_NT, prediction_NT = runs.outcome_NT, joined.prediction_NT
+    within_states = has_contrasts(runs)
     within_NT = center_by_state(observed_NT, runs.state_ids)
     predicted_within_NT = center_by_state(prediction_NT, runs.state_ids)
     rows = []
@@ -444,6 +429,9 @@ def _score_table(
         row["coverage_90"] = float((error_M <= half_M).mean()) if known else None
         row["interval_factor"] = widening(error_M, variance_M, noise_M) if known else None
         row["n_gains"] = len(error_M)
+        row["gain_slope"], row["gain_slope_se"] = slope_of_gains(
+            y, f, joined.level_NT[:, t], runs, within_states=within_states
+        )
         rows.append(row)
     return pl.DataFrame(
         rows, schema_overrides={"coverage_90": pl.Float64, "interval_factor": pl.Float64}

@@ -85,19 +85,31 @@ def test_kept_parameters_give_the_same_fit_to_the_bit(runs):
     assert other.gain(STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT[:, 0].tolist() != gain[:, 0].tolist()
 
 
-def test_widened_intervals_cover_nine_of_ten_held_out_gains(runs):
-    """The factor is the one that brings the observed coverage up to the nominal one."""
+def test_gains_are_corrected_by_what_held_out_runs_show(runs):
+    """Standard errors grow by the factor, gains over the equal mixture shrink by the slope."""
     choice = choose_estimator(runs, ("structured_ridge",))
-    factors = choice.interval_factors
-    narrow = fit_chosen(runs, choice.chosen).gain(STATE_DP, MIXTURE_MD, EQUAL_D)
-    wide = fit_chosen(runs, choice.chosen, interval_factors=factors)
-    gain = wide.gain(STATE_DP, MIXTURE_MD, EQUAL_D)
+    plain = fit_chosen(runs, choice.chosen).gain(STATE_DP, MIXTURE_MD, EQUAL_D)
+    fitted = fit_chosen(runs, choice.chosen, calibration=choice.calibration)
+    gain = fitted.gain(STATE_DP, MIXTURE_MD, EQUAL_D)
 
-    assert all(factor >= 1 for factor in factors.values())
-    for row in choice.frame.to_dicts():
+    for t, row in enumerate(choice.frame.to_dicts()):
         assert (row["interval_factor"] > 1) == (row["coverage_90"] < 0.9)
-    np.testing.assert_allclose(gain.se_MT, narrow.se_MT * list(factors.values()))
-    np.testing.assert_array_equal(gain.mean_MT, narrow.mean_MT)
+        above_M = np.maximum(plain.mean_MT[:, t], 0)
+        shrunk_M = np.minimum(plain.mean_MT[:, t], 0) + row["gain_slope"] * above_M
+        np.testing.assert_allclose(gain.mean_MT[:, t], shrunk_M)
+        se_M = np.hypot(row["interval_factor"] * plain.se_MT[:, t], row["gain_slope_se"] * above_M)
+        np.testing.assert_allclose(gain.se_MT[:, t], se_M)
+
+
+def test_corrected_gains_over_two_references_differ_by_what_parts_the_references(runs):
+    choice = choose_estimator(runs, ("structured_ridge",))
+    fitted = fit_chosen(runs, choice.chosen, calibration=choice.calibration)
+    other_D = np.array(MIXTURE_MD[3])
+
+    over_equal = fitted.gain(STATE_DP, MIXTURE_MD, EQUAL_D).mean_MT
+    over_other = fitted.gain(STATE_DP, MIXTURE_MD, other_D).mean_MT
+
+    np.testing.assert_allclose(over_other, over_equal - over_equal[3], atol=1e-9)
 
 
 def test_each_task_is_answered_by_its_own_choice(runs):

@@ -98,7 +98,7 @@ def test_a_fold_is_predicted_by_weights_found_without_it(runs):
     inside = fold_N == 2
     fooled_NT = runs.outcome_NT + 9 * noise_NT * inside[:, None] + 1e-3 * noise_NT
     members = {
-        name: [FoldPrediction(name, values_NT, values_NT, unknown_NT, unknown_NT)]
+        name: [FoldPrediction(name, values_NT, values_NT, unknown_NT, unknown_NT, values_NT)]
         for name, values_NT in (("fooled", fooled_NT), ("poor", runs.outcome_NT + noise_NT[::-1]))
     }
 

@@ -14,7 +14,7 @@ RUNS = TRUTH.run_table(n_states=24, mixtures_per_state=4, noise=0.05, n_repeats=
 MODEL = {
     "chosen": dict.fromkeys(RUNS.tasks, "structured_ridge"),
     "parameters": {},
-    "interval_factors": {},
+    "calibration": {},
     "seed": 0,
 }
 WEIGHTS = np.array([0.75, 0.25])

@@ -44,7 +44,7 @@ def baselines() -> pl.DataFrame:
 
 def choose(state_DP: np.ndarray, **policy) -> dict:
     chosen = dict.fromkeys(RUNS.tasks, "structured_ridge")
-    model = {"chosen": chosen, "parameters": {}, "interval_factors": {}}
+    model = {"chosen": chosen, "parameters": {}, "calibration": {}}
     return choose_mixture(settings(**policy), RUNS, model, live(state_DP), baselines())
 
 

@@ -4,8 +4,8 @@
         [--cells randomised:256,confounded:256,...] [--families ...] [--methods ...]
 
 A cell is a family of `simulator`, a design, a number of runs and a seed. Every method gets the same
-tables and names a mixture for 20 new pools, through the functions that the command line calls; where
-the design is randomised, also for 20 that are out of support.
+tables and names a mixture for 20 new pools, through the functions that the command line calls;
+where the design is randomised, also for 20 that are out of support.
 Regret is what its mixture loses to the best one in truth, in standard deviations of the weighted
 outcome over random mixtures. Covered: the true gain lies inside the 90% interval that came with
 the mixture. Above: it is no less than the lower end. Cells that are in FILE are not run again.
@@ -25,7 +25,8 @@ import polars as pl
 
 from causalmix_pipeline import tables
 from causalmix_pipeline.adapters.baseline_mixtures import regmix_mixture
-from causalmix_pipeline.adapters.run_tables import import_runs, open_table
+from causalmix_pipeline.adapters.run_tables import import_runs
+from causalmix_pipeline.adapters.table_files import open_table
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline_tests.benchmarks.simulator import (
     DOMAINS,
