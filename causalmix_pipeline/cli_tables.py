@@ -360,6 +360,8 @@ def _robustness_line(model, *, observational: bool) -> str:
         found = beliefs.hidden_confounder(model)
     except EstimationError as error:
         return f"Hidden confounder: can't be told, {escape(str(error))}"
+    if found.value == 0:
+        return "Hidden confounder: can't be seen, and there is no gain to explain away."
     line = (
         f"Hidden confounder: can't be seen; one that explains {100 * found.value:.0f}% of what is "
         f"left of mixture and outcome alike brings the gain over equal to zero, "

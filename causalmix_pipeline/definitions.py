@@ -16,6 +16,7 @@ from causalmix_pipeline.assets import (
     report,
     validation,
 )
+from causalmix_pipeline.automation.alerts import make_alert_sensor, make_run_failure_sensor
 from causalmix_pipeline.automation.conditions import with_live_condition
 from causalmix_pipeline.automation.jobs import (
     adopt_experiment_pool,
@@ -26,6 +27,7 @@ from causalmix_pipeline.automation.jobs import (
     validate_job,
 )
 from causalmix_pipeline.automation.sensors import make_condition_sensor, make_pool_sensor
+from causalmix_pipeline.automation.upkeep import with_upkeep
 from causalmix_pipeline.automation.versions import with_settings_version
 from causalmix_pipeline.resources.project import default_resources
 from causalmix_pipeline.resources.settings import Settings
@@ -57,10 +59,11 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         if isinstance(asset, dg.AssetsDefinition)
         else asset
         for asset in dg.load_assets_from_modules(modules, include_specs=True)
+        if isinstance(asset, dg.AssetsDefinition | dg.AssetSpec)
     ]
     built: list[dg.Definitions] = []
     definitions = dg.Definitions(
-        assets=assets,
+        assets=dg.map_asset_specs(lambda spec: with_upkeep(spec, settings), assets),
         asset_checks=dg.load_asset_checks_from_modules(modules),
         jobs=[
             experiment_job,
@@ -70,7 +73,12 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
             adopt_experiment_pool,
         ],
         schedules=[make_refresh_schedule(settings, lambda: built[0])],
-        sensors=[make_pool_sensor(settings), make_condition_sensor(settings)],
+        sensors=[
+            make_pool_sensor(settings),
+            make_condition_sensor(settings),
+            make_run_failure_sensor(settings),
+            make_alert_sensor(settings, lambda: built[0].resolve_asset_graph().asset_check_keys),
+        ],
         resources=default_resources(config_file),
         # A step in a process of its own costs 6 s; the heavy step starts its own workers.
         executor=dg.in_process_executor,

@@ -1,5 +1,6 @@
 """What the page of `causalmix explain` shows, computed from a model."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from causalmix_pipeline.core.interpretation import (
     rank_covariates,
     triangle,
 )
+from causalmix_pipeline.core.policy import USUAL_RADIUS
 from causalmix_pipeline.table_model import Model, TableSource
 from causalmix_pipeline.table_recommendations import best_mixture
 
@@ -88,7 +90,10 @@ def table_report(model: Model, pool: PoolState | None = None) -> TableReport:
     asked_DP = pool.state_DP if pool else runs.distinct_states()[1].mean(axis=0)
     reach = reach_of(runs, asked_DP)
     verdict, state_DP = reach.verdict, reach.edge_DP
-    best_D, gain, se = best_mixture(model, state_DP, Constraints.simplex_only(equal_D))
+    free = Constraints.simplex_only(equal_D)
+    if model.weighted[0].needs_trust_region:
+        free = replace(free, trust_radius=USUAL_RADIUS)
+    best_D, gain, se = best_mixture(model, state_DP, free)
     se *= reach.doubt
     if verdict == "unsupported":
         best_D, gain, se = equal_D, 0.0, float("nan")
@@ -110,7 +115,7 @@ def table_report(model: Model, pool: PoolState | None = None) -> TableReport:
         low=gain - Z90 * se,
         high=gain + Z90 * se,
         scores=model.scores.to_dicts(),
-        interpretation=interpret(model, state_DP, best_D, pool.name if pool else None),
+        interpretation=interpret(model, state_DP, best_D, pool.name if pool else None, reach.doubt),
         scatters={
             task: list(zip(shown_NT[:, t].tolist(), predicted_NT[:, t].tolist(), strict=True))
             for t, task in enumerate(runs.tasks)
@@ -143,7 +148,11 @@ def _beliefs(model: Model, mixture_D: np.ndarray, equal_D: np.ndarray) -> Belief
 
 
 def interpret(
-    model: Model, state_DP: np.ndarray, mixture_D: np.ndarray, name: str | None = None
+    model: Model,
+    state_DP: np.ndarray,
+    mixture_D: np.ndarray,
+    name: str | None = None,
+    doubt: float = 1.0,
 ) -> Interpretation:
     """Effects around the equal mixture: curves, triangle, and with covariates tree and importance.
 
@@ -152,22 +161,26 @@ def interpret(
         state_DP: the pool at hand.
         mixture_D: recommended for it.
         name: of the pool; None for the mean of the runs' states.
+        doubt: how much wider its intervals are; see `core.belief.Overlap.doubt`.
     """
     runs = model.runs
     equal_D = np.full(len(runs.domains), 1 / len(runs.domains))
     effects = Effects(*model.weighted, equal_D)
     state_SDP = runs.distinct_states()[1]
-    shown = {name or "mean of the pool states": state_DP}
+    curves = _curves(
+        model, replace(effects, doubt=doubt), {name or "mean of the pool states": state_DP}
+    )
     tree = importance_CD = None
     if runs.covariates:
         tree = grow_cate_tree(effects, state_SDP, seed=model.seed)
         importance_CD = covariate_importance(effects, state_SDP, seed=model.seed)
-        shown |= _extremes(runs.covariate_columns, state_SDP, importance_CD)
+        extremes = _extremes(runs.covariate_columns, state_SDP, importance_CD)
+        curves |= _curves(model, effects, extremes)
     return Interpretation(
         domains=runs.domains,
         columns=runs.covariate_columns,
         reference_name="equal",
-        curves=_curves(model, effects, shown),
+        curves=curves,
         triangle=triangle(effects, state_DP, mixture_D),
         mixture_D=mixture_D,
         reference_D=equal_D,

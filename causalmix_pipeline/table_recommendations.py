@@ -19,10 +19,15 @@ from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
 from causalmix_pipeline.core.belief import reach_of
 from causalmix_pipeline.core.effects import Z90
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.core.mixture import project_to_box
 from causalmix_pipeline.core.optimum import spread_mixtures
 from causalmix_pipeline.core.pareto import pareto_front
-from causalmix_pipeline.core.policy import POLICIES, Constraints, Recommendation, weighted_gain
+from causalmix_pipeline.core.policy import (
+    POLICIES,
+    Constraints,
+    Recommendation,
+    check_trust_region,
+    weighted_gain,
+)
 from causalmix_pipeline.core.policy import recommend as apply_policy
 from causalmix_pipeline.table_model import Model, TableSource
 from causalmix_pipeline.table_options import read_pools, read_references, read_rules
@@ -117,7 +122,7 @@ def _recommend(
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
     names, state_MDP, kept = read_rules(model, pools, reference, constraints)
     # Made once, before the threads ask for them.
-    asked = _asked(model, kept[0].guard_rails, policy)
+    asked = _asked(model, kept[0].guard_rails)
     _ = spread_mixtures(len(model.runs.domains), model.seed)
 
     def choose(name: str, state_DP: np.ndarray, constraints: Constraints) -> _Choice:
@@ -128,11 +133,11 @@ def _recommend(
     return _in_full(choices, model.runs.domains)
 
 
-def _asked(model: Model, tasks: Iterable[str] = (), policy: str = "optimum") -> Asked:
+def _asked(model: Model, tasks: Iterable[str] = ()) -> Asked:
     """The estimator of the metrics that count and of `tasks`."""
     weights = dict(zip(model.runs.tasks, model.weights_T.tolist(), strict=True))
     counted = tuple(task for task, weight in weights.items() if weight > 0)
-    if policy != "analytical" and set(tasks) <= set(counted):
+    if set(tasks) <= set(counted):
         estimator, weights_T = model.weighted
         return Asked(estimator, counted, weights_T)
     return fit_asked(
@@ -140,7 +145,6 @@ def _asked(model: Model, tasks: Iterable[str] = (), policy: str = "optimum") -> 
         model.chosen,
         weights,
         tuple(tasks),
-        policy=policy,
         seed=model.seed,
         parameters=model.parameters,
         calibration=model.calibration,
@@ -182,13 +186,11 @@ def _choice(
     reach = reach_of(runs, state_DP)
     verdict = reach.verdict
     if verdict == "unsupported":
-        lower_D, upper_D = constraints.box(runs.domains)
-        kept_D = project_to_box(constraints.reference_D, lower_D, upper_D)
-        moved = bool(np.abs(kept_D - constraints.reference_D).max() > 1e-9)
-        mixture_D = kept_D if moved else constraints.reference_D
+        mixture_D, moved = constraints.nearest_reference(runs.domains)
         slack = constraints.slack(mixture_D, runs.domains)
         return _Choice(name, mixture_D, None if moved else 0.0, math.nan, verdict, slack, None)
-    found = _apply(model, asked, reach.edge_DP, constraints.doubted(reach.doubt), policy, in_full)
+    constraints = constraints.doubted(reach.doubt, runs.domains)
+    found = _apply(model, asked, reach.edge_DP, constraints, policy, in_full)
     se = found.gain_se * reach.doubt
     return _Choice(name, found.mixture_D, found.gain, se, verdict, found.slack, found)
 
@@ -243,7 +245,7 @@ def best_mixture(
     model: Model, state_DP: np.ndarray, constraints: Constraints, policy: str = "optimum"
 ) -> tuple[np.ndarray, float, float]:
     """The mixture, its weighted gain over the reference, and the gain's standard error."""
-    asked = _asked(model, constraints.guard_rails, policy)
+    asked = _asked(model, constraints.guard_rails)
     found = _apply(model, asked, state_DP, constraints, policy)
     return found.mixture_D, found.gain, found.gain_se
 
@@ -300,12 +302,13 @@ def pareto(
             f"score {reach.score:.3g}): add runs of its own state."
         )
     asked = _asked(model, {first, second, *kept[m].guard_rails})
+    check_trust_region(asked.estimator, kept[m])
     front = pareto_front(
         asked.estimator,
         reach.edge_DP,
         first,
         second,
-        kept[m].doubted(reach.doubt),
+        kept[m].doubted(reach.doubt, model.runs.domains),
         domains=model.runs.domains,
         tasks=asked.tasks,
         confidence_z=CONFIDENCE_Z,

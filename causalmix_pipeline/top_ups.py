@@ -83,7 +83,8 @@ def _planned(
     seed: int | None,
 ) -> list[tuple]:
     """Rows for one pool, after those that the model already has of it."""
-    start = sum(run.startswith(f"{TOP_UP}/{pool}/") for run in model.runs.run_ids)
+    before = [r.removeprefix(f"{TOP_UP}/{pool}/") for r in model.runs.run_ids]
+    start = 1 + max((int(number) for number in before if number.isdecimal()), default=-1)
     key = f"{model.seed if seed is None else seed}/{pool}"
     own_seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
     mixture_ND = dirichlet_design(

@@ -124,7 +124,12 @@ def test_the_jobs_sensors_and_the_schedule_are_there(definitions):
         "choose_covariates",
         "adopt_experiment_pool",
     }
-    assert {s.name for s in repository.sensor_defs} == {"live_pool_sensor", "live_side_sensor"}
+    assert {s.name for s in repository.sensor_defs} == {
+        "live_pool_sensor",
+        "live_side_sensor",
+        "run_failure_alerts",
+        "alerts",
+    }
     assert [s.name for s in repository.schedule_defs] == ["daily_refresh"]
 
 

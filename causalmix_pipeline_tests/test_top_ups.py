@@ -264,3 +264,13 @@ def test_from_a_plan_to_a_new_model_by_command(model, tmp_path, monkeypatch):
     assert "R.csv must name runs that the model hasn't seen" in text
     with pytest.raises(CausalMixError, match=r"model\.json"):
         Model.load("newer")
+
+
+def test_a_plan_goes_on_behind_the_last_run_even_where_one_was_left_out(model, plan):
+    """A run that diverged is dropped from the tables; its successor's name isn't given again."""
+    part = plan[:4].filter(~pl.col("run").str.ends_with("001"))
+    once = condition(model, *trained(part))
+
+    more = plan_top_up(once, POOLS.with_columns(pl.col(COLUMNS) * 1.0), 8)
+    assert reach_of(once.runs, FAR_DP).verdict != "supported"
+    assert not set(more["run"]) & set(once.runs.run_ids)

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from causalmix_pipeline.adapters.estimators import fit_chosen, make_estimator
+from causalmix_pipeline.adapters.estimators import fit_chosen
 from causalmix_pipeline.core.effects import EffectEstimator
 from causalmix_pipeline.core.gain_calibration import GainCalibration
 from causalmix_pipeline.core.runs import RunTable
-
-#: The estimator with effects of log shares, which the policy `analytical` needs.
-LOG_EFFECTS = "causal_forest_log"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +37,6 @@ def fit_asked(
     weights: Mapping[str, float],
     guarded: Collection[str] = (),
     *,
-    policy: str = "optimum",
     seed: int = 0,
     parameters: Mapping[str, Mapping] | None = None,
     calibration: Mapping[str, GainCalibration] | None = None,
@@ -52,8 +48,6 @@ def fit_asked(
         chosen: name of the estimator that answers, by task.
         weights: weight of each task.
         guarded: tasks with a guard rail.
-        policy: for `analytical` the forest itself is fitted, where it answers for all of them,
-            since it alone tells effects.
         seed: of the estimators.
         parameters: as `fit_chosen` takes them.
         calibration: as `fit_chosen` takes them.
@@ -62,7 +56,5 @@ def fit_asked(
     wanted = {task: chosen[task] for task in tasks}
     weights_T = np.array([float(weights.get(task, 0)) for task in tasks])
     selected = runs.select_tasks(tasks)
-    if policy == "analytical" and set(wanted.values()) == {LOG_EFFECTS}:
-        return Asked(make_estimator(LOG_EFFECTS, seed).fit(selected), tasks, weights_T)
     estimator = fit_chosen(selected, wanted, seed, parameters, calibration)
     return Asked(estimator, tasks, weights_T)

@@ -337,6 +337,12 @@ class CombinedEstimator:
         ]
         return self._calibrated(asks, state_DP, mixture_MD, reference_D)
 
+    @property
+    def forest(self) -> CausalForest | None:
+        """The causal forest, where it answers for every task; policies may ask for its effects."""
+        members = [member for _, member in self._members]
+        return members[0] if len(members) == 1 and isinstance(members[0], CausalForest) else None
+
     def _calibrated(
         self, asks: list, state_DP: np.ndarray, mixture_MD: np.ndarray, reference_D: np.ndarray
     ) -> Gain:

@@ -33,7 +33,7 @@ from causalmix_pipeline.core.errors import ConfigError, EstimationError
 from causalmix_pipeline.core.runs import RunTable
 
 #: Columns of a recommendation besides the domains.
-RESULT_COLUMNS = ("pool", "gain", "gain_lower", "gain_upper", "verdict")
+RESULT_COLUMNS = ("pool", "baseline", "gain", "gain_lower", "gain_upper", "verdict", "cost")
 
 #: Least and largest tolerance of a row's sum around 1. Between them it's what rounding can do: half
 #: a unit of the last decimal in each domain. RegMix's shares, rounded to .001 over 17 domains, sum

@@ -23,6 +23,7 @@ from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_
 from causalmix_pipeline.core.covariate_choice import choose_covariates
 from causalmix_pipeline.core.errors import EstimationError
 from causalmix_pipeline.core.falsification import OBJECTIVE, frame_rows
+from causalmix_pipeline.core.gain_calibration import read_calibration
 from causalmix_pipeline.core.power import Experiment, power_table
 from causalmix_pipeline.core.robustness import best_of_runs, robustness
 from causalmix_pipeline.core.runs import RunTable
@@ -31,7 +32,7 @@ from causalmix_pipeline.resources.progress import progress_teller
 from causalmix_pipeline.resources.project import Project
 
 
-@dg.asset(dagster_type=VALUES, group_name="effects", kinds={"econml", "lightgbm"}, code_version="1")
+@dg.asset(dagster_type=VALUES, group_name="effects", kinds={"econml", "lightgbm"}, code_version="2")
 def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> dg.MaterializeResult:
     """Which estimator answers for each task, and every estimator's score on unseen pool states.
 
@@ -172,7 +173,11 @@ def effect_beliefs(runs: RunTable, cate_model: Mapping, weights: Mapping[str, fl
 def _robustness(runs: RunTable, cate_model: Mapping, weights_T: np.ndarray) -> dict:
     """Robustness of the gain of the runs' best mixtures over the equal one."""
     estimator = fit_chosen(
-        runs, cate_model["chosen"], cate_model["seed"], parameters=cate_model["parameters"]
+        runs,
+        cate_model["chosen"],
+        cate_model["seed"],
+        cate_model["parameters"],
+        read_calibration(cate_model["calibration"]),
     )
     equal_D = np.full(len(runs.domains), 1 / len(runs.domains))
     try:

@@ -103,7 +103,8 @@ def _with_task_names(metrics: Table, entry: ImportedRuns, field: str) -> Table:
                 f"({', '.join(metrics.value_columns)}), got {column!r} for {task}: correct it."
             )
     names = {column: task for task, column in entry.metric_names.items()}
-    return replace(metrics, frame=metrics.frame.rename(names))
+    others = [n for n in metrics.frame.columns if n in entry.metric_names and n not in names]
+    return replace(metrics, frame=metrics.frame.drop(others).rename(names))
 
 
 def join_imported(own: RunTable, imported_runs: pl.DataFrame) -> tuple[RunTable, dict]:

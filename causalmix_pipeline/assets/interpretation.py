@@ -1,6 +1,7 @@
 """What the effect model says of domains and covariates, made readable."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -13,6 +14,7 @@ from causalmix_pipeline.adapters.interpretation_html import Interpretation
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import effect_map, markdown_table, svg_picture
 from causalmix_pipeline.assets.recommendation import weights_of
+from causalmix_pipeline.core.belief import reach_of
 from causalmix_pipeline.core.gain_calibration import read_calibration
 from causalmix_pipeline.core.interpretation import (
     STEP,
@@ -112,8 +114,9 @@ def live_interpretation(
     """
     shares = recommended["mixtures"]
     reference_D, best_D = np.array(shares["reference"]), np.array(shares["recommended"])
+    reach = reach_of(runs, live_covariates.select(runs.covariates).to_numpy())
     effects = effects_of(runs, cate_model, weights_T, reference_D)
-    state_DP = live_covariates.select(runs.covariates).to_numpy()
+    effects, state_DP = replace(effects, doubt=reach.doubt), reach.edge_DP
     most_D = runs.mixture_ND.max(axis=0)
     is_promised = recommended["verdict"] != "unsupported"
     is_current = np.allclose(cate_interpretation["weights"], weights_T)

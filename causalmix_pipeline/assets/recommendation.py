@@ -125,17 +125,22 @@ def keep_reference(
     constraints: Constraints,
     domains: Sequence[str],
 ) -> Recommendation:
-    """The reference mixture as recommendation: no gain is promised where no run has been."""
+    """The reference mixture as recommendation: no gain is promised where no run has been.
+
+    Where shares or tokens forbid it, the nearest that they allow; its gain isn't known.
+    """
     n_tasks = estimator.predict(state_DP, constraints.reference_D[None]).shape[1]
+    mixture_D, moved = constraints.nearest_reference(domains)
+    gain = math.nan if moved else 0.0
     return Recommendation(
-        mixture_D=constraints.reference_D,
-        gain=0.0,
+        mixture_D=mixture_D,
+        gain=gain,
         gain_se=math.nan,
-        gain_T=np.zeros(n_tasks),
+        gain_T=np.full(n_tasks, gain),
         gain_se_T=np.full(n_tasks, math.nan),
-        slack=constraints.slack(constraints.reference_D, domains),
-        unconstrained_D=constraints.reference_D,
-        unconstrained_gain=0.0,
+        slack=constraints.slack(mixture_D, domains),
+        unconstrained_D=mixture_D,
+        unconstrained_gain=gain,
     )
 
 
@@ -201,7 +206,8 @@ def choose_mixture(
     estimator = fit_chosen(runs, chosen, *kept)
     reach = reach_of(runs, live_covariates.select(runs.covariates).to_numpy())
     state_DP, reference_D = reach.edge_DP, baselines["reference"].to_numpy()
-    constraints = constraints_of(settings, live_covariates, reference_D).doubted(reach.doubt)
+    constraints = constraints_of(settings, live_covariates, reference_D)
+    constraints = constraints.doubted(reach.doubt, domains)
     if reach.verdict == "unsupported":
         choice = keep_reference(estimator, state_DP, constraints, domains)
     else:
@@ -210,7 +216,6 @@ def choose_mixture(
             chosen,
             dict(zip(runs.tasks, weights_T.tolist(), strict=True)),
             constraints.guard_rails,
-            policy=settings.policy.name,
             seed=settings.seed,
             parameters=cate_model["parameters"],
             calibration=calibration,
@@ -261,7 +266,7 @@ def choose_mixture(
         "slack": choice.slack.to_dicts(),
         "only_reference": choice.only_reference,
         "unconstrained": choice.unconstrained_D.tolist(),
-        "unconstrained_gain": choice.unconstrained_gain,
+        "unconstrained_gain": known(choice.unconstrained_gain),
         "budget_tokens": constraints.budget_tokens,
         "top_up": top_up_plan(reach, domains, settings.seed),
     }
@@ -320,7 +325,7 @@ def recommended_mixture(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
         metadata={
-            "gain": dg.MetadataValue.float(value["gain"]),
+            **({} if value["gain"] is None else {"gain": dg.MetadataValue.float(value["gain"])}),
             "verdict": value["verdict"],
             **(
                 {"guard rails": "forbid whatever is better than the reference"}

@@ -45,7 +45,7 @@ UNSUPPORTED_FACTOR = 4.0
 #: deviations were promised .5 sd higher, and regret was .63 against .50 (`docs/RESULTS.md`).
 EDGE_SCORE = 2.0
 
-#: Bisections that find that state; each halves the error.
+#: Steps on the way that are looked at, and bisections between the last two.
 _EDGE_STEPS = 20
 
 #: How far a covariate that never varied among the runs may move before its state counts as
@@ -72,8 +72,9 @@ class Overlap:
             `mean`, `z` (standard deviations from the mean; null where it never varied), and
             `inside` (whether the value lies within the runs' reach).
         edge_DP: the state that effects are read at: the state itself up to a score of 2, else the
-            last one so near on the way to it from the mean of the runs' states. Straight on,
-            effects grow without end and promise what no run has shown; shape (D, P).
+            first one so near on the way from it to the mean of the runs' states (or to the
+            nearest of them, where none is on that way). Straight on, effects grow without end and
+            promise what no run has shown; shape (D, P).
     """
 
     score: float
@@ -142,6 +143,7 @@ class _Reach:
     """How far the runs' states lie apart: the yardstick of a new state's distance."""
 
     scaler: StateScaler
+    state_SDP: np.ndarray
     scaled_SDP: np.ndarray
     own_SD: np.ndarray
 
@@ -149,7 +151,7 @@ class _Reach:
     def of(cls, state_SDP: np.ndarray) -> _Reach:
         scaler = StateScaler.fit(state_SDP)
         scaled_SDP = scaler.transform(state_SDP)
-        return cls(scaler, scaled_SDP, _nearest(scaled_SDP, scaled_SDP, skip=1))
+        return cls(scaler, state_SDP, scaled_SDP, _nearest(scaled_SDP, scaled_SDP, skip=1))
 
     def score(self, state_DP: np.ndarray) -> float:
         typical_D = self.own_SD.mean(axis=0)
@@ -164,13 +166,29 @@ class _Reach:
     def edge(self, state_DP: np.ndarray) -> np.ndarray:
         if self.score(state_DP) <= EDGE_SCORE:
             return state_DP
-        step_DP = state_DP - self.scaler.mean_DP
-        low, high = 0.0, 1.0
+        # The score needn't fall all the way: between two kinds of pools nothing is near.
+        center_DP = self.scaler.mean_DP
+        if not self._inside(center_DP, state_DP).any():
+            center_DP = self._nearest_state(state_DP)
+        inside = np.flatnonzero(self._inside(center_DP, state_DP))
+        low, high = (1 - inside[0] / _EDGE_STEPS), (1 - (inside[0] - 1) / _EDGE_STEPS)
         for _ in range(_EDGE_STEPS):
             middle = (low + high) / 2
-            inside = self.score(self.scaler.mean_DP + middle * step_DP) <= EDGE_SCORE
-            low, high = (middle, high) if inside else (low, middle)
-        return self.scaler.mean_DP + low * step_DP
+            near = self.score(center_DP + middle * (state_DP - center_DP)) <= EDGE_SCORE
+            low, high = (middle, high) if near else (low, middle)
+        return center_DP + low * (state_DP - center_DP)
+
+    def _inside(self, center_DP: np.ndarray, state_DP: np.ndarray) -> np.ndarray:
+        """Whether steps from the state to the center are near enough; (steps + 1,) booleans."""
+        part = np.linspace(1, 0, _EDGE_STEPS + 1)
+        path = center_DP + part[:, None, None] * (state_DP - center_DP)
+        return np.array([self.score(step_DP) <= EDGE_SCORE for step_DP in path])
+
+    def _nearest_state(self, state_DP: np.ndarray) -> np.ndarray:
+        """Of the runs' states that have others near them, the one nearest to the state."""
+        distance_S = ((self.scaled_SDP - self.scaler.transform(state_DP)) ** 2).sum(axis=(1, 2))
+        scores = [self.score(one_DP) for one_DP in self.state_SDP]
+        return self.state_SDP[np.argmin(np.where(np.array(scores) <= 1, distance_S, np.inf))]
 
     def _distance_D(self, state_DP: np.ndarray) -> np.ndarray:
         return _nearest(self.scaler.transform(state_DP)[None], self.scaled_SDP, skip=0)[0]

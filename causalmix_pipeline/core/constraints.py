@@ -80,11 +80,28 @@ class Constraints:
                 )
         return np.array([self.guard_rails.get(task, np.inf) for task in tasks])
 
-    def doubted(self, doubt: float) -> Constraints:
-        """The same, with the trust radius divided by what `core.belief.Overlap.doubt` says."""
+    def doubted(self, doubt: float, domains: Sequence[str]) -> Constraints:
+        """The same, with the trust radius divided by what `core.belief.Overlap.doubt` says.
+
+        Where shares and tokens forbid the reference itself, the radius stays large enough for the
+        nearest mixture that they allow.
+        """
         if self.trust_radius is None:
             return self
-        return replace(self, trust_radius=self.trust_radius / doubt)
+        nearest_D, _ = self.nearest_reference(domains)
+        least = float(kl_divergence(nearest_D, self.reference_D)) * (1 + 1e-9)
+        radius = min(self.trust_radius, max(self.trust_radius / doubt, least))
+        return replace(self, trust_radius=radius)
+
+    def nearest_reference(self, domains: Sequence[str]) -> tuple[np.ndarray, bool]:
+        """The mixture nearest to the reference that shares and tokens allow, and if it's another.
+
+        Raises:
+            ConfigError: if no mixture satisfies them.
+        """
+        nearest_D = project_to_box(self.reference_D, *self.box(domains))
+        moved = bool(np.abs(nearest_D - self.reference_D).max() > 1e-9)
+        return (nearest_D if moved else np.asarray(self.reference_D)), moved
 
     def token_limit_D(self) -> np.ndarray:
         """Share of each domain at which its tokens are used up; infinite without a budget."""

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from causalmix_pipeline.core.effects import EffectEstimator, assign_folds, center_by_state
+from causalmix_pipeline.core.errors import EstimationError
 from causalmix_pipeline.core.runs import RunTable
 
 #: Probability of a pass without an effect. At 1%, 2 or more of 20 placebos pass in 2% of trials.
@@ -99,7 +100,14 @@ def falsify(
     """
     blind_NT = None
     if not _why_no_states(runs):
-        prediction_NT, blind_NT = _predict_both(make, runs, n_folds, seed)
+        try:
+            prediction_NT, blind_NT = _predict_both(make, runs, n_folds, seed)
+        except EstimationError as error:
+            reason = str(error)
+            return [
+                *_untold("mixtures_matter", runs, reason),
+                *_untold("states_matter", runs, reason),
+            ]
     return [
         *mixtures_matter(runs, prediction_NT, weights_T),
         *states_matter(runs, prediction_NT, blind_NT, weights_T),
@@ -192,7 +200,7 @@ def describe(trial: Trial) -> str:
     if trial.estimate is None:
         return f"{trial.task}: can't be told, {trial.reason}"
     return (
-        f"{trial.task}: correlation within unseen states {trial.estimate:.2f} +- {trial.se:.2f} "
+        f"{trial.task}: mean correlation of left-out runs {trial.estimate:.2f} +- {trial.se:.2f} "
         f"(p {trial.p_value:.2g})"
     )
 
@@ -223,7 +231,9 @@ def _why_no_contrasts(runs: RunTable) -> str:
     if tested >= MINIMUM_TESTED_STATES:
         return ""
     return (
-        f"only {tested} pool states have two runs or more, and {MINIMUM_TESTED_STATES} are needed"
+        f"only {tested} "
+        + ("pool states have two runs or more" if runs.n_states > 1 else "mixtures were run")
+        + f", and {MINIMUM_TESTED_STATES} are needed"
     )
 
 

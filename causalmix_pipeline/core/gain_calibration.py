@@ -40,7 +40,7 @@ class GainCalibration:
     Attributes:
         factor: 1 or more; multiplies the standard error.
         slope: at most 1; multiplies what is gained over the equal mixture. Losses stay.
-        slope_se: standard error of the slope; 0 where it couldn't be told.
+        slope_se: standard error of the slope.
     """
 
     factor: float = 1.0

@@ -34,15 +34,20 @@ class Effects:
         estimator: fitted on the runs.
         weights_T: weight of each of its tasks; sum 1.
         reference_D: the mixture that gains are measured from, and that domains are added to.
+        doubt: what standard errors are multiplied by; see `core.belief.Overlap.doubt`.
     """
 
     estimator: EffectEstimator
     weights_T: np.ndarray
     reference_D: np.ndarray
+    doubt: float = 1.0
 
     def gain(self, state_DP: np.ndarray, mixture_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return gains and their standard errors (nan where unknown); both of shape (M,)."""
-        return weighted_gain(self.estimator, state_DP, mixture_MD, self.reference_D, self.weights_T)
+        gain_M, se_M = weighted_gain(
+            self.estimator, state_DP, mixture_MD, self.reference_D, self.weights_T
+        )
+        return gain_M, se_M * self.doubt
 
     def of_domains(self, state_SDP: np.ndarray) -> np.ndarray:
         """Return the effect of each domain in each state: the gain of `STEP` more; (S, D).

@@ -49,16 +49,19 @@ class LearningCurve:
     Attributes:
         table: a row per size: `part` of the states, `n_runs`, `r2` and its `r2_se`; the last row,
             `part` 2, is what twice the runs are expected to bring.
+        within_states: whether R2 is of differences between runs of one state; else of all runs.
     """
 
     table: pl.DataFrame
+    within_states: bool = True
 
     def describe(self) -> str:
         """One sentence on twice the runs."""
         now, then = (self.table.row(i, named=True) for i in (-2, -1))
+        where = "within unseen states" if self.within_states else "on runs left out"
         return (
-            f"doubling the runs to {then['n_runs']} is expected to take R2 within unseen states "
-            f"from {now['r2']:.2f} +- {now['r2_se']:.2f} to {then['r2']:.2f} +- {then['r2_se']:.2f}"
+            f"doubling the runs to {then['n_runs']} is expected to take R2 {where} from "
+            f"{now['r2']:.2f} +- {now['r2_se']:.2f} to {then['r2']:.2f} +- {then['r2_se']:.2f}"
         )
 
 
@@ -88,6 +91,9 @@ def learning_curve(
     units, unit_N = np.unique(unit_N, return_inverse=True)
     if len(units) < max(MINIMUM_UNITS, MINIMUM_STATES) or runs.n_runs < 8 * MINIMUM_RUNS:
         return None
+    smallest = np.sort(np.bincount(unit_N))[: round(PARTS[0] * (1 - 1 / n_folds) * len(units))]
+    if smallest.sum() < MINIMUM_RUNS:  # the poorest quarter that may be drawn
+        return None
     centers = runs.state_ids if has_contrasts(runs) else np.zeros(runs.n_runs, dtype=int)
     observed_N = _centered(runs.outcome_NT @ weights_T, centers)
     error_RCS = np.zeros((N_DRAWS, len(PARTS), len(units)))
@@ -110,7 +116,7 @@ def learning_curve(
         for c in range(len(PARTS)):
             square_N = (observed_N - _centered(predicted_RCN[r, c], centers)) ** 2
             error_RCS[r, c] = np.bincount(unit_N, square_N, len(units))
-    return LearningCurve(_table(error_RCS, total_S, runs.n_runs))
+    return LearningCurve(_table(error_RCS, total_S, runs.n_runs), has_contrasts(runs))
 
 
 def _centered(values_N: np.ndarray, centers: np.ndarray) -> np.ndarray:

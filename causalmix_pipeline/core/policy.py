@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -33,6 +34,10 @@ SEARCH_BEST = 100
 LEAST_LEVEL_SIGNAL = 0.6
 #: A guard rail binds when its slack is below this part of the loss it keeps off.
 BINDING_PART = 0.02
+
+
+#: Trust radius of gains that are linear in the shares, nats.
+USUAL_RADIUS = 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +183,7 @@ def recommend(
     """
     if policy not in POLICIES:
         raise ConfigError(f"policy.name must be one of {', '.join(POLICIES)}, got {policy!r}.")
-    if getattr(estimator, "needs_trust_region", False) and constraints.trust_radius is None:
-        raise ConfigError(
-            "policy.trust_radius must be set for gains that are linear in the shares, as those of "
-            "causal_forest_raw are, got none: the best mixture would be a single domain. Set it "
-            "(.15 nats is usual), or take causal_forest."
-        )
+    check_trust_region(estimator, constraints)
     question = ask(estimator, state_DP, weights_T, constraints, tasks, confidence_z, policy)
     found = _choose(policy, question, constraints, domains, seed, design_ND)
     unconstrained_D = found.mixture_D
@@ -210,6 +210,20 @@ def recommend(
         unconstrained_gain=float(mean_M[1]),
         only_reference=found.only_start,
     )
+
+
+def check_trust_region(estimator: EffectEstimator, constraints: Constraints) -> None:
+    """Refuse gains that are linear in the shares without a trust region.
+
+    Raises:
+        ConfigError: if there is none, but the estimator needs one.
+    """
+    if getattr(estimator, "needs_trust_region", False) and constraints.trust_radius is None:
+        raise ConfigError(
+            "policy.trust_radius must be set for gains that are linear in the shares, as those of "
+            "causal_forest_raw are, got none: the best mixture would be a single domain. Set it "
+            f"({USUAL_RADIUS:g} nats is usual), or take causal_forest."
+        )
 
 
 def ask(
@@ -302,8 +316,8 @@ def analytical_mixture(question: Question, design_ND: np.ndarray | None) -> np.n
         ConfigError: if the estimator has no effects of log shares, the runs don't identify their
             level, or none is positive.
     """
-    effect = getattr(question.estimator, "effect", None)
-    if effect is None or getattr(question.estimator, "coordinates", None) != "log":
+    forest: Any = getattr(question.estimator, "forest", None) or question.estimator
+    if getattr(forest, "coordinates", None) != "log":
         raise ConfigError(
             "policy analytical needs the effects of log shares, which only causal_forest_log has, "
             f"got {question.estimator.name}: make causal_forest_log the only estimator, or take "
@@ -313,7 +327,7 @@ def analytical_mixture(question: Question, design_ND: np.ndarray | None) -> np.n
         raise ConfigError(
             "policy analytical needs the mixtures of the runs (design_ND), got none: pass them."
         )
-    signal = level_spread(design_ND, question.estimator.log_offset) * len(design_ND) ** 0.5  # pyright: ignore[reportAttributeAccessIssue]
+    signal = level_spread(design_ND, forest.log_offset) * len(design_ND) ** 0.5
     if signal < LEAST_LEVEL_SIGNAL:
         raise ConfigError(
             "policy analytical needs runs that identify the level of effects: what the mean log "
@@ -321,7 +335,7 @@ def analytical_mixture(question: Question, design_ND: np.ndarray | None) -> np.n
             f"{LEAST_LEVEL_SIGNAL:g}, got {signal:.3g}. Add runs from sparse to flat mixtures, or "
             "take policy optimum."
         )
-    theta_D = effect(question.state_DP) @ question.weights_T
+    theta_D = forest.effect(question.state_DP) @ question.weights_T
     positive_D = np.maximum(theta_D, 0.0)
     if not positive_D.sum() > 0:
         raise ConfigError(

@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,6 +79,14 @@ EstimatorName = Literal[
 ]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+#: An owner that Dagster takes: its own rule for addresses, and a team with a name.
+_OWNER = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9._%+-]*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,7}"
+    r"|team:\w[\w .-]{0,98}"
+)
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Section(BaseModel):
@@ -739,6 +749,101 @@ class Automation(Section):
     refresh_hour: int = Field(
         default=5, ge=0, le=23, description="Hour of the day (UTC) of the daily refresh."
     )
+    fresh_days: int | None = Field(
+        default=8,
+        ge=1,
+        le=3650,
+        description="Days after which the UI warns that recommended_mixture or report is old; a "
+        "pool that rests gets no new recommendation, so raise it, or set null, where that is fine.",
+    )
+    overdue_days: int = Field(
+        default=90,
+        ge=2,
+        le=3650,
+        description="Days after which the UI shows them as overdue instead; unused where "
+        "fresh_days is null.",
+    )
+    owners: tuple[str, ...] = Field(
+        default=(),
+        description="Who looks after the assets, shown in the UI: email addresses, or team:<name>.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.fresh_days is not None and self.overdue_days <= self.fresh_days:
+            raise ValueError(
+                f"automation.overdue_days must be > automation.fresh_days ({self.fresh_days}), got "
+                f"{self.overdue_days}: raise it, or lower automation.fresh_days"
+            )
+        for i, owner in enumerate(self.owners):
+            if not _OWNER.fullmatch(owner):
+                raise ValueError(
+                    f"automation.owners[{i}] must be an email address or team:<name>, got "
+                    f"{owner!r}: write it like ann@example.com or team:data"
+                )
+        return self
+
+
+class Alerts(Section):
+    """Who is told of failed runs and checks and of a worse verdict, besides data/alerts.jsonl."""
+
+    webhook_env: str | None = Field(
+        default=None,
+        description="Name of the environment variable that holds the webhook's http(s) URL; each "
+        "alert is posted there as JSON; null posts none. The URL itself may be a secret, so it "
+        "never stands here.",
+    )
+    command: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Program and arguments that get each alert as JSON on standard input, started "
+        "without a shell in the folder of this file; null starts none.",
+    )
+    command_timeout_seconds: int = Field(
+        default=10,
+        ge=1,
+        le=15,
+        description="Seconds before the command is killed and counts as failed.",
+    )
+    attempts: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Looks at which an alert that couldn't be handed over is tried again, before "
+        "it is given up.",
+    )
+    interval_seconds: int = Field(
+        default=30,
+        ge=30,
+        le=86_400,
+        description="Seconds between two looks at failed runs, failed checks and the verdict.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        name = self.webhook_env
+        if name is not None and not _VARIABLE.fullmatch(name):  # a URL put here may be a secret
+            raise ValueError(
+                "alerts.webhook_env must be the name of an environment variable (letters, digits, "
+                f"underscores), got {len(name)} characters that aren't one: put the URL into a "
+                "variable, and that variable's name here"
+            )
+        for i, part in enumerate(self.command or ()):
+            if "\0" in part or (i == 0 and not part.strip()):
+                raise ValueError(
+                    f"alerts.command[{i}] must be text that a program can be given, got {part!r}: "
+                    "write a list, such as [/usr/bin/logger, -t, causalmix]"
+                )
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether alerts are handed to anyone."""
+        return self.webhook_env is not None or self.command is not None
+
+    def webhook_url(self) -> str | None:
+        """The webhook's URL as the environment has it now; None if it has none. Never log it."""
+        return os.environ.get(self.webhook_env) or None if self.webhook_env else None
 
 
 class Settings(Section):
@@ -794,6 +899,7 @@ class Settings(Section):
     policy: Policy = Field(default=Policy(), description="How effects become a mixture.")
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
+    alerts: Alerts = Field(default=Alerts(), description="Who is told when something fails.")
     seed: int = Field(default=0, ge=0, description="Seed of fits, searches and splits; integer.")
 
     _root: Path = PrivateAttr(default_factory=Path.cwd)

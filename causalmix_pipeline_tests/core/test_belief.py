@@ -192,3 +192,25 @@ def test_a_ninety_percent_interval_is_1_645_standard_errors_wide():
 def test_a_level_outside_zero_to_one_is_refused():
     with pytest.raises(EstimationError, match="got 90"):
         gain_interval(Gain(np.zeros((1, 1)), np.ones((1, 1))), level=90)
+
+
+def test_between_two_kinds_of_pools_nothing_is_near():
+    """Pulled from beyond one kind to the mean of both, a state ends where no run has been."""
+    rng = np.random.default_rng(3)
+    kinds = np.concatenate([rng.normal(at, 1, size=(20, 2, 2)) for at in (-10, 10)])
+
+    for far in (13.0, 14.0, 40.0):
+        edge_DP = overlap(np.full((2, 2), far), kinds).edge_DP
+        assert overlap(edge_DP, kinds).score <= EDGE_SCORE + 1e-6
+        assert edge_DP.mean() > 8
+
+
+def test_a_state_off_the_way_to_the_mean_is_pulled_to_the_nearest_of_the_runs():
+    """On a ring of states neither the mean nor the way to it is near any."""
+    angle_S = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    ring = 10 * np.stack([np.cos(angle_S), np.sin(angle_S)], axis=1)[:, None, :]
+    ring = ring[np.abs(angle_S - 1.0) > 0.6]  # a gap, and the state looks through it
+    state_DP = 30 * np.array([[np.cos(1.0), np.sin(1.0)]])
+
+    edge_DP = overlap(state_DP, ring).edge_DP
+    assert overlap(edge_DP, ring).score <= EDGE_SCORE + 1e-6

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from causalmix_pipeline.adapters.estimators import make_estimator
+from causalmix_pipeline.adapters.structured_ridge import StructuredRidge
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.core.effects import cross_validate, permute_mixtures, permute_states
 from causalmix_pipeline.core.falsification import (
@@ -149,3 +150,19 @@ def test_the_units_of_a_task_change_nothing():
     first, second = (falsify(ridge, table, WEIGHTS_T)[0].p_value for table in (runs, scaled))
 
     assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_runs_that_no_estimator_takes_are_said_not_to_tell():
+    """Centred by state, seeds of one mixture lie so close that other runs look diverged."""
+    pool = SyntheticPool.draw(3, 2, 1, seed=1)
+    runs = pool.run_table(100, 2, noise=0.0, seed=4)
+    mixture_ND, outcome_NT = runs.mixture_ND.copy(), runs.outcome_NT.copy()
+    rng = np.random.default_rng(0)
+    for first in range(0, 140, 2):
+        mixture_ND[first + 1] = mixture_ND[first]
+        outcome_NT[first + 1] = outcome_NT[first] + rng.normal(0, 1e-4, size=1)
+    runs = replace(runs, mixture_ND=mixture_ND, outcome_NT=outcome_NT)
+
+    trials = falsify(StructuredRidge, runs, [1.0])
+    assert {trial.passed for trial in trials} == {None}
+    assert all("diverged" in trial.reason for trial in trials)

@@ -3,9 +3,11 @@ import pytest
 
 from causalmix_pipeline.adapters.estimators import make_estimator
 from causalmix_pipeline.adapters.lightgbm_surface import LightGBMSurface
+from causalmix_pipeline.adapters.structured_ridge import StructuredRidge
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.core.effects import cross_validate
 from causalmix_pipeline.core.learning_curve import PARTS, _levels, learning_curve
+from causalmix_pipeline.core.runs import RunTable
 
 POOL = SyntheticPool.draw(6, 4, 2, seed=3)
 WEIGHTS_T = np.array([1.0, 0.0])
@@ -86,3 +88,20 @@ def test_without_covariates_mixtures_take_the_place_of_states():
 def test_few_states_tell_nothing():
     assert curve(16) is None
     assert curve(20) is None
+
+
+def test_states_of_which_most_have_one_run_give_no_curve():
+    """A quarter of the states can then be a handful of runs."""
+    pool = SyntheticPool.draw(3, 2, 1, seed=1)
+    many, single = pool.run_table(4, 20, seed=1), pool.run_table(20, 1, seed=2)
+    runs = RunTable(
+        many.domains, many.covariates, many.tasks,
+        tuple(f"run_{i:03d}" for i in range(100)),
+        np.append(many.state_ids, single.state_ids + 100),
+        np.concatenate([many.state_NDP, single.state_NDP]),
+        np.vstack([many.mixture_ND, single.mixture_ND]),
+        np.vstack([many.outcome_NT, single.outcome_NT]),
+        np.append(many.repeat_of_N, single.repeat_of_N + 1000),
+    )  # fmt: skip
+
+    assert learning_curve(lambda r: StructuredRidge().fit(r), runs, np.ones(1)) is None

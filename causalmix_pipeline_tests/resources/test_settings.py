@@ -1,5 +1,6 @@
 """Settings: every rule refuses with the field, the value and the way out; defaults load."""
 
+import dagster as dg
 import pytest
 from pydantic import ValidationError
 
@@ -143,3 +144,54 @@ def test_columns_that_contradict_themselves_are_refused(columns, message):
 def test_an_override_that_yaml_took_for_text_is_told_by_name():
     with pytest.raises(ValidationError, match=r"proxy\.overrides must hold numbers.*1\.0e-4"):
         Settings.model_validate({"proxy": {"overrides": {"learning_rate": "1e-4"}}})
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"fresh_days": 8, "overdue_days": 8}, "automation.overdue_days must be > automation"),
+        ({"owners": ["ann@example.com", "bob"]}, "automation.owners[1] must be an email address"),
+        ({"owners": ["team:"]}, "got 'team:'"),
+        ({"owners": ["team:a\nb"]}, "automation.owners[0]"),
+    ],
+)
+def test_upkeep_that_cannot_be_shown_is_refused(raw, said):
+    assert said in refusal(automation=raw)
+
+
+def test_owners_are_those_that_dagster_takes():
+    owners = ("ann.b+c@mail.example.com", "team:data", "team:data mix-2")
+
+    assert Settings.model_validate({"automation": {"owners": owners}}).automation.owners == owners
+    assert tuple(dg.AssetSpec("any", owners=owners).owners) == owners
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"command": ["", "x"]}, "alerts.command[0] must be text"),
+        ({"command": ["a", "b\0"]}, "alerts.command[1] must be text"),
+        ({"command": []}, "at least 1 item"),
+        ({"command_timeout_seconds": 16}, "less than or equal to 15"),
+        ({"interval_seconds": 5}, "greater than or equal to 30"),
+        ({"attempts": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_alerts_that_cannot_be_handed_over_are_refused(raw, said):
+    assert said in refusal(alerts=raw)
+
+
+def test_a_webhook_url_in_place_of_its_variable_is_refused_without_repeating_it():
+    said = refusal(alerts={"webhook_env": "https://hooks.example.com/secret"})
+
+    assert "alerts.webhook_env must be the name of an environment variable" in said
+    assert "secret" not in said
+
+
+def test_alerts_are_handed_to_nobody_unless_a_channel_is_set(monkeypatch):
+    monkeypatch.setenv("HOOK", "http://127.0.0.1/")
+    alerts = [Settings.model_validate({"alerts": raw}).alerts for raw in
+              ({}, {"webhook_env": "HOOK"}, {"command": ["logger"]})]  # fmt: skip
+
+    assert [section.is_on for section in alerts] == [False, True, True]
+    assert [section.webhook_url() for section in alerts] == [None, "http://127.0.0.1/", None]
