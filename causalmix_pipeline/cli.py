@@ -7,6 +7,7 @@ anything else goes into a file.
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -590,14 +591,21 @@ def report_error(error: Exception, out: Console) -> int:
         out.print(f"[bold red]causalmix:[/] {escape(str(error))}")
         out.print("The check's numbers are in the UI: causalmix ui")
         return USER_FAULT
-    trace = Path("data/logs/error.txt")
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    trace = keep_trace("".join(traceback.format_exception(error)))
     out.print(
         f"[bold red]causalmix:[/] an unexpected error, which is a bug: {type(error).__name__}: "
         f"{escape(str(error))[:500]}\nThe whole trace is in {trace}."
     )
     return OUR_FAULT
+
+
+def keep_trace(text: str) -> Path:
+    """Keep a trace in the project's logs, or in the temporary folder where there is no project."""
+    logs = Path("data/logs")
+    folder = logs if logs.is_dir() and os.access(logs, os.W_OK) else Path(tempfile.gettempdir())
+    trace = folder / ("error.txt" if folder == logs else "causalmix-error.txt")
+    trace.write_text(text, encoding="utf-8")
+    return trace
 
 
 def run() -> None:

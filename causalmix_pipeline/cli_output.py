@@ -1,5 +1,7 @@
 """What the commands for tables share: options, the terminal, tables and files they write."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from causalmix_pipeline.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,9 +38,53 @@ def new_table(columns: list[str], left: int) -> Table:
     return table
 
 
+def check_outputs(outs: Sequence[Path | None], inputs: Sequence[Path | str | None]) -> None:
+    """Refuse outputs that can't be written or would overwrite an input, before any work.
+
+    Raises:
+        ConfigError: naming the file and the way out.
+    """
+    taken = {Path(path).resolve(): "an input" for path in inputs if path is not None}
+    for out in outs:
+        if out is None:
+            continue
+        place = out.resolve()
+        if place in taken:
+            raise ConfigError(
+                f"{out} is {taken[place]} of the same command, so it would be overwritten: write "
+                "to another file."
+            )
+        taken[place] = "another output"
+        if out.is_dir():
+            raise ConfigError(f"{out} must be a file to write, got a folder: name a file in it.")
+        _check_parent(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that can't be made or written into, before any work.
+
+    Raises:
+        ConfigError: naming it and the way out.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} must be a folder, got a file: name another.")
+    _check_parent(out / "model.json")
+
+
+def _check_parent(out: Path) -> None:
+    """Make the folder of a file, and see that it can be written into."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out.parent} can't be made ({error.strerror}): write elsewhere, or make it first."
+        ) from error
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"{out.parent} can't be written into: choose another folder.")
+
+
 def write_frame(frame: "pl.DataFrame", out: Path) -> None:
     """Write a frame as CSV, or Parquet if the name ends so."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() in (".parquet", ".pq"):
         frame.write_parquet(out)
     else:

@@ -16,6 +16,8 @@ from causalmix_pipeline.cli_output import (
     CovariatesOption,
     ModelOption,
     OutOption,
+    check_folder,
+    check_outputs,
     new_console,
     new_table,
     write_frame,
@@ -57,6 +59,7 @@ def fit(
     seed: Annotated[int, typer.Option(min=0, help="Of folds, fits and searches.")] = 0,
 ) -> None:
     """Learn what mixtures do from a table of runs; trains no proxy."""
+    check_folder(out)
     from causalmix_pipeline import tables
 
     console = new_console()
@@ -81,9 +84,21 @@ def fit(
     for note in model.notes:
         console.print(f"Note: {escape(note)}.")
     console.print(_score_table(model))
+    lost = [row["task"] for row in model.scores.filter("chosen").to_dicts() if _no_better(row)]
+    if lost:
+        console.print(
+            f"[yellow]Fit: {escape(', '.join(lost))} can't be predicted better than by the mean; "
+            "gains of it mean nothing.[/]"
+        )
     for line in _beliefs(model):
         console.print(line)
     console.print(f"Model: {escape(str(out))}")
+
+
+def _no_better(row: dict) -> bool:
+    """Whether an estimator predicts runs left out no better than their mean."""
+    r2 = row["r2"] if row["r2_within"] != row["r2_within"] else row["r2_within"]
+    return not r2 > 0
 
 
 def predict(
@@ -93,6 +108,7 @@ def predict(
     covariates: CovariatesOption = None,
 ) -> None:
     """Predict each metric for mixtures, in its own units."""
+    check_outputs([out], [ratios, covariates])
     from causalmix_pipeline import tables
 
     frame = tables.predict(tables.Model.load(model), ratios, covariates)
@@ -130,6 +146,7 @@ def recommend(
     ] = None,
 ) -> None:
     """Recommend a mixture for each pool, with its gain, a 90% interval, and a verdict."""
+    check_outputs([out, slack], [pools, constraints, reference])
     from causalmix_pipeline import tables
 
     loaded = tables.Model.load(model)
@@ -162,6 +179,7 @@ def pareto(
     constraints: ConstraintsOption = None,
 ) -> None:
     """Show what one metric costs another: mixtures of which none is better in both."""
+    check_outputs([out], [pools, constraints, reference])
     from causalmix_pipeline import tables
 
     pair = _names(metrics)
@@ -192,6 +210,7 @@ def baselines(
     ] = None,
 ) -> None:
     """What simpler methods would mix, and the gains that the model predicts of it."""
+    check_outputs([out], [pools, reference, fixed])
     from causalmix_pipeline import tables
 
     loaded = tables.Model.load(model)
@@ -224,12 +243,12 @@ def explain(
     from causalmix_pipeline.adapters.blobs import write_atomically
     from causalmix_pipeline.tables import Model
 
+    check_outputs([out], [pools])
     loaded = Model.load(model)
     if pool is not None and pools is None:
         raise ConfigError(f"--pool {pool!r} needs --pools, got none: name the file of pools.")
     chosen = None if pools is None else explained.pool_state(loaded, pools, pool)
     page = explained.explain(loaded, chosen)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode("utf-8"))
     new_console().print(f"Page: {escape(str(out))}")
 
@@ -380,7 +399,8 @@ def _constraint_lines(found, limit: int = 20) -> Iterator[str]:
     for pool in bound[:limit]:
         names = ", ".join(binding.filter(pool=pool)["constraint"])
         cost = "" if costs.get(pool) is None else f"; constraints cost {costs[pool]:.4g} of gain"
-        yield f"{escape(pool)}: {escape(names)} binds{cost}."
+        verb = "bind" if ", " in names else "binds"
+        yield f"{escape(pool)}: {escape(names)} {verb}{cost}."
     if len(bound) > limit:
         yield f"Constraints bind for {len(bound)} pools; the first {limit} are told."
     if found.only_reference:

@@ -10,6 +10,8 @@ from causalmix_pipeline.cli_output import (
     CovariatesOption,
     ModelOption,
     OutOption,
+    check_folder,
+    check_outputs,
     new_console,
     new_table,
     write_frame,
@@ -36,6 +38,7 @@ def top_up(
     """List mixtures to train at each pool that is out of the model's reach."""
     from causalmix_pipeline import tables, top_ups
 
+    check_outputs([out], [pools])
     plan = top_ups.plan_top_up(tables.Model.load(model), pools, runs, seed)
     write_frame(plan, out)
     console = new_console()
@@ -64,6 +67,7 @@ def condition(
     """Condition a model on further runs, such as a top-up; nothing is chosen or searched again."""
     from causalmix_pipeline import tables, top_ups
 
+    check_folder(out)
     conditioned = top_ups.condition(tables.Model.load(model), ratios, metrics, covariates)
     conditioned.save(out)
     console = new_console()

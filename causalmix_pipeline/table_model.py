@@ -44,6 +44,9 @@ AUTO_BLIND = ("response_surface_blind", "regmix", "extra_trees", "log_linear", "
 #: Folds of whole pool states, as `choose_estimator` makes them.
 N_FOLDS = 5
 
+#: Runs of which as many as a fit needs are left when a fold of equal size is left out.
+LEAST_RUNS = -(-MINIMUM_RUNS * N_FOLDS // (N_FOLDS - 1))
+
 #: Runs up to which processes take longer to start than the fits.
 FEW_RUNS = 96
 
@@ -275,8 +278,9 @@ def _check_folds(runs: RunTable, seed: int) -> None:
     least = runs.n_runs - int(np.bincount(fold_N).max())
     if least < MINIMUM_RUNS:
         raise EstimationError(
-            f"the tables have {runs.n_runs} runs; without the largest fold of whole pool states "
-            f"only {least} are left to fit on, and {MINIMUM_RUNS} are needed: add runs."
+            f"the tables have {runs.n_runs} runs; without the largest fold of whole "
+            f"{'pool states' if runs.covariates else 'mixtures'} only {least} are left to fit on, "
+            f"and {MINIMUM_RUNS} are needed: add runs, {LEAST_RUNS} in all at the least."
         )
 
 

@@ -224,7 +224,7 @@ def _in_full(choices: Sequence[_Choice], domains: Sequence[str]) -> Recommended:
               "gain_upper": pl.Float64, "verdict": pl.String}  # fmt: skip
     free = [
         (choice.pool, *found.unconstrained_D.tolist(), found.unconstrained_gain,
-         found.unconstrained_gain - found.gain)
+         max(found.unconstrained_gain - found.gain, 0.0))
         for choice in choices
         if (found := choice.found) is not None
     ]  # fmt: skip

@@ -133,8 +133,8 @@ def choose_estimator(
     """Choose per task by R2 within unseen pool states, from the runs alone.
 
     Where few runs have a partner in their state, `r2` over all runs decides. Equal scores go to
-    the name that comes first. A `stack` is made of all the others that are named, and costs no
-    further fit.
+    the name that comes first, and so do tasks that no estimator predicts better than their mean.
+    A `stack` is made of all the others that are named, and costs no further fit.
 
     Args:
         runs: the proxy runs.
@@ -175,7 +175,8 @@ def choose_estimator(
         )
         if needs_interval and known.any():
             scores = np.where(known, scores, -np.inf)
-        chosen[task] = names[int(np.argmax(scores))]
+        # What predicts no better than the mean is no reason to leave the first name.
+        chosen[task] = names[int(np.argmax(scores))] if scores.max() > 0 else names[0]
     frame = pl.concat(
         validation.frame.select(
             pl.lit(name).alias("estimator"),
@@ -307,6 +308,7 @@ class CombinedEstimator:
         self.task_correlation_TT = np.ones((n_tasks, n_tasks))
         self.noise_variance_T = np.full(n_tasks, np.nan)
         self.needs_trust_region = False
+        self.name = "+".join(dict.fromkeys(self.chosen.values()))
         for name in dict.fromkeys(self.chosen.values()):
             columns = [t for t, task in enumerate(runs.tasks) if self.chosen[task] == name]
             tasks = [runs.tasks[t] for t in columns]
@@ -353,7 +355,11 @@ class CombinedEstimator:
         if np.abs(reference_D - self._equal_D).max() > 1e-12:
             over_equal = [ask(state_DP, reference_D[None], self._equal_D).mean_MT for ask in asks]
             above_T = self._gather(over_equal)[0]
-        return Gain(*calibrated(mean_MT, se_MT, above_T, self._calibration))
+        mean_MT, se_MT = calibrated(mean_MT, se_MT, above_T, self._calibration)
+        # Rounding would make a gain of nothing, with an interval that excludes 0.
+        same_M1 = np.abs(np.atleast_2d(mixture_MD) - reference_D).max(axis=1, keepdims=True) < 1e-12
+        unknown_MT = np.where(np.isnan(se_MT), np.nan, 0.0)
+        return Gain(np.where(same_M1, 0.0, mean_MT), np.where(same_M1, unknown_MT, se_MT))
 
     def parameters(self) -> dict:
         """Return the choice and each member's own parameters."""

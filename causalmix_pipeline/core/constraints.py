@@ -129,10 +129,15 @@ class Constraints:
                     "the reference of a trust region). Lower least_share, or raise max_epochs."
                 )
         if upper_D.sum() < 1 - 1e-9:
+            total = f"the most shares of all domains sum to {upper_D.sum():.4g}, below 1, so"
+            if self.budget_tokens is None:
+                raise ConfigError(
+                    f"policy.most_share: {total} no mixture is possible. Raise most_share, to "
+                    f"{1 / len(upper_D):.4g} at the least."
+                )
             raise ConfigError(
-                f"policy: the most shares of all domains sum to {upper_D.sum():.4g}, below 1, so "
-                f"no mixture can fill budget_tokens. Lower budget_tokens to at most "
-                f"{upper_D.sum():.4g} of it, or raise max_epochs ({self.max_epochs:g}) or "
+                f"policy: {total} no mixture can fill budget_tokens. Lower budget_tokens to at "
+                f"most {upper_D.sum():.4g} of it, or raise max_epochs ({self.max_epochs:g}) or "
                 "most_share."
             )
         if self.lower_D.sum() > 1 + 1e-9:
@@ -173,6 +178,10 @@ class Constraints:
         limits_D = self.token_limit_D()
         for d, domain in enumerate(domains):
             share = float(mixture_D[d])
+            if self.lower_D[d] == self.upper_D[d]:
+                low = float(self.lower_D[d])
+                rows.append((f"{domain}: frozen", share, low, -abs(share - low)))
+                continue
             if self.lower_D[d] > 0:
                 low = float(self.lower_D[d])
                 rows.append((f"{domain}: least share", share, low, share - low))

@@ -9,7 +9,7 @@ Source of the last two: arXiv 2607.01104, policy extraction (CausalMix-S and Cau
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,8 @@ def recommend(
     check_trust_region(estimator, constraints)
     question = ask(estimator, state_DP, weights_T, constraints, tasks, confidence_z, policy)
     found = _choose(policy, question, constraints, domains, seed, design_ND)
+    if np.abs(found.mixture_D - constraints.reference_D).max() < 1e-9:  # but for rounding
+        found = replace(found, mixture_D=np.asarray(constraints.reference_D, dtype=float))
     unconstrained_D = found.mixture_D
     if unconstrained_too and not constraints.are_none:
         free = Constraints.simplex_only(constraints.reference_D)
@@ -320,8 +322,8 @@ def analytical_mixture(question: Question, design_ND: np.ndarray | None) -> np.n
     if getattr(forest, "coordinates", None) != "log":
         raise ConfigError(
             "policy analytical needs the effects of log shares, which only causal_forest_log has, "
-            f"got {question.estimator.name}: make causal_forest_log the only estimator, or take "
-            "policy optimum."
+            f"got {question.estimator.name}: fit with causal_forest_log alone, or take policy "
+            "optimum."
         )
     if design_ND is None:
         raise ConfigError(
