@@ -41,6 +41,10 @@ def new_table(columns: list[str], left: int) -> Table:
 def check_outputs(outs: Sequence[Path | None], inputs: Sequence[Path | str | None]) -> None:
     """Refuse outputs that can't be written or would overwrite an input, before any work.
 
+    Args:
+        outs: files to write.
+        inputs: files that are read, and folders of models, in which nothing else is written.
+
     Raises:
         ConfigError: naming the file and the way out.
     """
@@ -49,10 +53,12 @@ def check_outputs(outs: Sequence[Path | None], inputs: Sequence[Path | str | Non
         if out is None:
             continue
         place = out.resolve()
-        if place in taken:
+        folder = next((path for path in place.parents if path in taken and path.is_dir()), None)
+        if place in taken or folder is not None:
+            what = "a file of the model" if folder is not None else taken[place]
             raise ConfigError(
-                f"{out} is {taken[place]} of the same command, so it would be overwritten: write "
-                "to another file."
+                f"{out} is {what} of the same command, so it would be overwritten: write to "
+                "another file."
             )
         taken[place] = "another output"
         if out.is_dir():
@@ -60,14 +66,20 @@ def check_outputs(outs: Sequence[Path | None], inputs: Sequence[Path | str | Non
         _check_parent(out)
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a folder that can't be made or written into, before any work.
+def check_folder(out: Path, inputs: Sequence[Path | None]) -> None:
+    """Refuse a folder that can't be made or written into, or that inputs lie in, before any work.
 
     Raises:
         ConfigError: naming it and the way out.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} must be a folder, got a file: name another.")
+    for path in inputs:
+        if path is not None and path.resolve().parent == out.resolve():
+            raise ConfigError(
+                f"{out} holds {path.name}, an input, which the model could overwrite: write the "
+                "model into another folder."
+            )
     _check_parent(out / "model.json")
 
 

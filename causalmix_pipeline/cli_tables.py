@@ -59,7 +59,7 @@ def fit(
     seed: Annotated[int, typer.Option(min=0, help="Of folds, fits and searches.")] = 0,
 ) -> None:
     """Learn what mixtures do from a table of runs; trains no proxy."""
-    check_folder(out)
+    check_folder(out, [ratios, metrics, covariates])
     from causalmix_pipeline import tables
 
     console = new_console()
@@ -108,7 +108,7 @@ def predict(
     covariates: CovariatesOption = None,
 ) -> None:
     """Predict each metric for mixtures, in its own units."""
-    check_outputs([out], [ratios, covariates])
+    check_outputs([out], [model, ratios, covariates])
     from causalmix_pipeline import tables
 
     frame = tables.predict(tables.Model.load(model), ratios, covariates)
@@ -146,7 +146,7 @@ def recommend(
     ] = None,
 ) -> None:
     """Recommend a mixture for each pool, with its gain, a 90% interval, and a verdict."""
-    check_outputs([out, slack], [pools, constraints, reference])
+    check_outputs([out, slack], [model, pools, constraints, reference])
     from causalmix_pipeline import tables
 
     loaded = tables.Model.load(model)
@@ -179,7 +179,7 @@ def pareto(
     constraints: ConstraintsOption = None,
 ) -> None:
     """Show what one metric costs another: mixtures of which none is better in both."""
-    check_outputs([out], [pools, constraints, reference])
+    check_outputs([out], [model, pools, constraints, reference])
     from causalmix_pipeline import tables
 
     pair = _names(metrics)
@@ -210,7 +210,7 @@ def baselines(
     ] = None,
 ) -> None:
     """What simpler methods would mix, and the gains that the model predicts of it."""
-    check_outputs([out], [pools, reference, fixed])
+    check_outputs([out], [model, pools, reference, fixed])
     from causalmix_pipeline import tables
 
     loaded = tables.Model.load(model)
@@ -243,7 +243,7 @@ def explain(
     from causalmix_pipeline.adapters.blobs import write_atomically
     from causalmix_pipeline.tables import Model
 
-    check_outputs([out], [pools])
+    check_outputs([out], [model, pools])
     loaded = Model.load(model)
     if pool is not None and pools is None:
         raise ConfigError(f"--pool {pool!r} needs --pools, got none: name the file of pools.")

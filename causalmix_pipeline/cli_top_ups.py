@@ -38,7 +38,7 @@ def top_up(
     """List mixtures to train at each pool that is out of the model's reach."""
     from causalmix_pipeline import tables, top_ups
 
-    check_outputs([out], [pools])
+    check_outputs([out], [model, pools])
     plan = top_ups.plan_top_up(tables.Model.load(model), pools, runs, seed)
     write_frame(plan, out)
     console = new_console()
@@ -67,7 +67,7 @@ def condition(
     """Condition a model on further runs, such as a top-up; nothing is chosen or searched again."""
     from causalmix_pipeline import tables, top_ups
 
-    check_folder(out)
+    check_folder(out, [ratios, metrics, covariates])
     conditioned = top_ups.condition(tables.Model.load(model), ratios, metrics, covariates)
     conditioned.save(out)
     console = new_console()

@@ -37,7 +37,7 @@ def test_from_tables_to_a_recommendation(folder):
     assert "structured_ridge (answers)" in text
     assert "Noise: mixtures move every metric more than seeds do." in text
     assert "Confounding: the covariates don't tell the mixture" in text
-    assert "Mixtures: matter; weighted objective: correlation within unseen states" in text
+    assert "Mixtures: matter; weighted objective: mean correlation of left-out runs" in text
     assert "Pool states: not shown to matter" in text
     assert "brings the gain over equal to zero" in text
     assert "More runs: what they would bring can't be told quickly from these." in text
@@ -117,6 +117,26 @@ def test_what_the_user_can_mend_is_said_with_status_2(folder):
         status, text = call(*arguments)
         assert status == 2, text
         assert message in text
+
+
+def test_an_output_that_would_overwrite_an_input_is_refused_before_the_work(folder):
+    assert call(*FIT, *RIDGE)[0] == 0
+    kept = {name: (folder / name).read_bytes() for name in ("P.csv", "model/model.json")}
+    best = ("recommend", "--model", "model", "--pools", "P.csv")
+
+    for out in (("P.csv",), ("model/model.json",), ("o.csv", "--slack", "P.csv")):
+        status, text = call(*best, "--out", *out)
+        assert (status, "would be overwritten" in text) == (2, True), text
+    status, text = call(*best, "--out", "o.csv", "--slack", "o.csv")
+    assert (status, "o.csv is another output" in text) == (2, True), text
+    status, text = call(*best, "--out", "model")
+    assert (status, "got a folder" in text) == (2, True), text
+    status, text = call(*FIT[:-1], "R.csv", *RIDGE)
+    assert (status, "must be a folder, got a file" in text) == (2, True), text
+    status, text = call(*FIT[:-1], ".", *RIDGE)
+    assert (status, "holds R.csv, an input" in text) == (2, True), text
+    assert kept == {name: (folder / name).read_bytes() for name in kept}
+    assert not (folder / "o.csv").exists()
 
 
 def put(frame: pl.DataFrame, column: str, row: int, value: object) -> pl.DataFrame:

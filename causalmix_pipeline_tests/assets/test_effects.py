@@ -81,6 +81,7 @@ def beliefs_of(runs) -> dict:
         "seed": 0,
         "chosen": choice.chosen,
         "parameters": fit_chosen(runs, choice.chosen).parameters()["members"],
+        "calibration": {task: one.to_dict() for task, one in choice.calibration.items()},
         "out_of_fold": {
             task: choice.validations["structured_ridge"].prediction_NT[:, t].tolist()
             for t, task in enumerate(runs.tasks)
