@@ -601,9 +601,12 @@ def report_error(error: Exception, out: Console) -> int:
 
 def keep_trace(text: str) -> Path:
     """Keep a trace in the project's logs, or in the temporary folder where there is no project."""
-    logs = Path("data/logs")
-    folder = logs if logs.is_dir() and os.access(logs, os.W_OK) else Path(tempfile.gettempdir())
-    trace = folder / ("error.txt" if folder == logs else "causalmix-error.txt")
+    from causalmix_pipeline.resources.settings_file import DEFAULT_CONFIG
+
+    trace = Path(tempfile.gettempdir()) / "causalmix-error.txt"
+    if Path(DEFAULT_CONFIG).is_file() and os.access(".", os.W_OK):
+        trace = Path("data/logs/error.txt")
+        trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text(text, encoding="utf-8")
     return trace
 

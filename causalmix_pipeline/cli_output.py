@@ -84,19 +84,15 @@ def check_folder(out: Path, inputs: Sequence[Path | None]) -> None:
 
 
 def _check_parent(out: Path) -> None:
-    """Make the folder of a file, and see that it can be written into."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out.parent} can't be made ({error.strerror}): write elsewhere, or make it first."
-        ) from error
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"{out.parent} can't be written into: choose another folder.")
+    """See that a file's folder, or the nearest that exists above it, can be written into."""
+    folder = next(path for path in out.absolute().parents if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder} can't be written into: choose another folder for {out.name}.")
 
 
 def write_frame(frame: "pl.DataFrame", out: Path) -> None:
     """Write a frame as CSV, or Parquet if the name ends so."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() in (".parquet", ".pq"):
         frame.write_parquet(out)
     else:

@@ -249,6 +249,7 @@ def explain(
         raise ConfigError(f"--pool {pool!r} needs --pools, got none: name the file of pools.")
     chosen = None if pools is None else explained.pool_state(loaded, pools, pool)
     page = explained.explain(loaded, chosen)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode("utf-8"))
     new_console().print(f"Page: {escape(str(out))}")
 

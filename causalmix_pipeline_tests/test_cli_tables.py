@@ -129,7 +129,8 @@ def test_an_output_that_would_overwrite_an_input_is_refused_before_the_work(fold
         assert (status, "would be overwritten" in text) == (2, True), text
     status, text = call(*best, "--out", "o.csv", "--slack", "o.csv")
     assert (status, "o.csv is another output" in text) == (2, True), text
-    status, text = call(*best, "--out", "model")
+    (folder / "made").mkdir()
+    status, text = call(*best, "--out", "made")
     assert (status, "got a folder" in text) == (2, True), text
     status, text = call(*FIT[:-1], "R.csv", *RIDGE)
     assert (status, "must be a folder, got a file" in text) == (2, True), text

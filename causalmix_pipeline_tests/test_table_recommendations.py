@@ -221,7 +221,7 @@ def test_the_closed_form_is_offered_where_the_log_forest_answers(model):
     assert shares(found).min() >= 0.02 - 1e-9
     np.testing.assert_allclose(shares(found)[0], by_hand_D, atol=0.04)
     assert found["gain_lower"].null_count() == 5
-    with pytest.raises(ConfigError, match="only causal_forest_log has, got combined"):
+    with pytest.raises(ConfigError, match="only causal_forest_log has, got structured_ridge"):
         recommend(model, POOLS, policy="analytical")
 
 

@@ -21,7 +21,7 @@ def test_predicted_stands_beside_realised_for_every_mixture(finished):
         materialise(definitions, instance, [dg.AssetKey("validation_runs")])
         again = instance.get_latest_materialization_event(dg.AssetKey("validation_runs"))
 
-    names = ["equal", "natural", "recommended", "reference", "regmix"]
+    names = ["equal", "grid", "log_linear", "natural", "recommended", "reference", "regmix"]
     assert sorted(frame["mixture"].to_list()) == names
     of = {row["mixture"]: row for row in frame.to_dicts()}
     assert of["reference"]["realised_gain"] == of["reference"]["predicted_gain"] == 0
