@@ -64,6 +64,9 @@ SERIES_CSS = {
     "equal": "s2",
     "regmix": "s3",
     "natural": "s4",
+    "grid": "s6",
+    "log_linear": "s7",
+    "dmo": "s8",
 }
 
 #: What each verdict means to the reader.
@@ -207,7 +210,7 @@ def _row_of(frame: pl.DataFrame, column: str, value: str) -> dict[str, Any]:
 
 def _series(data: ReportData) -> list[dict[str, str]]:
     """The mixtures to draw, in order: key, colour class and label."""
-    labels = {"recommended": "recommended", "regmix": "RegMix"}
+    labels = {"recommended": "recommended", "regmix": "RegMix", "dmo": "DMO"}
     kept = data.verdict == "unsupported"
     names = [] if kept else ["recommended"]
     names += ["reference"]
