@@ -101,6 +101,12 @@ class RayWorkers:
             limits = self._limits(ray)
             in_flight: dict[Any, int] = {}
             started: set[int] = set()
+
+            def tell_start(index: int) -> None:
+                if on_started is not None and index not in started:
+                    on_started(index)
+                started.add(index)
+
             try:
                 while True:
                     limit = next(limits)
@@ -109,12 +115,11 @@ class RayWorkers:
                     if not in_flight:
                         return
                     for index in list(in_flight.values())[: max(1, limit // 2)]:
-                        if on_started is not None and index not in started:
-                            on_started(index)
-                        started.add(index)
+                        tell_start(index)
                     ready, _ = ray.wait(list(in_flight), timeout=SIZE_SECONDS)
                     for ref in ready:
                         index = in_flight.pop(ref)
+                        tell_start(index)  # a short task may start and end between two looks
                         outcome = self._outcome(ray, ref, index)
                         if outcome.error is None or on_failed is None:
                             on_done(index, outcome.result_or_raise())
