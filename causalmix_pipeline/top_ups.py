@@ -19,17 +19,15 @@ from causalmix_pipeline.adapters.further_runs import read_further_runs
 from causalmix_pipeline.adapters.run_tables import table_of
 from causalmix_pipeline.adapters.state_tables import read_states
 from causalmix_pipeline.adapters.table_files import open_table
-from causalmix_pipeline.core.belief import reach_of
+from causalmix_pipeline.core.belief import TOP_UP_RUNS, reach_of
 from causalmix_pipeline.core.design import DesignPlan
 from causalmix_pipeline.core.errors import ConfigError, EstimationError
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.sources import refuse_turned_signs
 from causalmix_pipeline.table_model import Model, TableSource
 
 #: Runs at a pool. At a shift of 2.5 standard deviations and 512 earlier runs, 8 cut the regret from
-#: .33 to .26 standard deviations, 16 to .17, 64 to .03 (five families of the benchmark, 3 seeds).
-TOP_UP_RUNS = 16
-
 #: What the names of planned runs begin with; the pool and a number follow.
 TOP_UP = "top_up"
 
@@ -173,14 +171,7 @@ def _refuse_known(runs: RunTable, new: RunTable, table: str) -> None:
             f"{table} must name runs that the model hasn't seen, got run {known[0]!r} "
             f"({len(known)} such runs): drop them, or name new runs otherwise."
         )
-    turned = np.argwhere((runs.outcome_NT < 0).all(axis=0) & (new.outcome_NT > 0))
-    if len(turned):
-        run, task = turned[0]
-        raise EstimationError(
-            f"{new.tasks[task]} must be 0 or more, as in the model's runs, since less is better, "
-            f"got {-new.outcome_NT[run, task]:.6g} in run {new.run_ids[run]!r}: give the metric "
-            "in its own sign."
-        )
+    refuse_turned_signs(runs, new)
 
 
 def _predicted(model: Model, new: RunTable) -> np.ndarray:

@@ -14,7 +14,7 @@ from causalmix_pipeline.adapters.estimators import fit_chosen
 from causalmix_pipeline.adapters.exporter import Export, write_export
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.pictures import markdown_table, share_bars
-from causalmix_pipeline.core.belief import Overlap, reach_of
+from causalmix_pipeline.core.belief import TOP_UP_RUNS, Overlap, reach_of
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
 from causalmix_pipeline.core.gain_calibration import read_calibration
 from causalmix_pipeline.core.mixture import dirichlet_design
@@ -23,9 +23,6 @@ from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
-
-#: Proxy runs offered where the live pool is out of reach of the runs.
-TOP_UP_RUNS = 16
 
 
 def weights_of(settings: Settings, runs: RunTable) -> np.ndarray:

@@ -65,7 +65,7 @@ def join_sources(own: RunTable, imported: RunTable) -> JoinedRuns:
             "project's: rename it in imported_runs."
         )
     joined = stack_runs([own, _in_order_of(own, imported)])
-    _check_signs(own, joined)
+    refuse_turned_signs(own, joined)
     is_loss_T = (joined.outcome_NT < 0).all(axis=0)
     log_NT = -np.log(np.where(is_loss_T, -joined.outcome_NT, 1.0))
     value_NT = np.where(is_loss_T, log_NT, joined.outcome_NT)
@@ -141,15 +141,19 @@ def _apart(parts: Sequence[np.ndarray]) -> np.ndarray:
     return numbers_N
 
 
-def _check_signs(own: RunTable, joined: RunTable) -> None:
-    """Refuse losses with their sign turned: they'd count as gains."""
-    bad = np.argwhere((own.outcome_NT < 0).all(axis=0) & (joined.outcome_NT > 0))
-    if len(bad):
-        run, task = bad[0]
+def refuse_turned_signs(own: RunTable, others: RunTable) -> None:
+    """Refuse losses with their sign turned: they'd count as gains.
+
+    Raises:
+        EstimationError: naming the task, the run and the value.
+    """
+    turned = np.argwhere((own.outcome_NT < 0).all(axis=0) & (others.outcome_NT > 0))
+    if len(turned):
+        run, task = turned[0]
         raise EstimationError(
-            f"{joined.tasks[task]} must be 0 or more in imported runs, as in the project's own, "
-            f"since less is better there, got {-joined.outcome_NT[run, task]:.6g} in run "
-            f"{joined.run_ids[run]}: give the task's own measure, without a turned sign."
+            f"{others.tasks[task]} must be 0 or more in further runs, as in those before, since "
+            f"less is better there, got {-others.outcome_NT[run, task]:.6g} in run "
+            f"{others.run_ids[run]!r}: give the measure itself, without a turned sign."
         )
 
 
