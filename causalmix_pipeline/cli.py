@@ -10,9 +10,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from causalmix_pipeline import cli_tables, cli_top_ups
-from causalmix_pipeline.core.errors import CausalMixError, ConfigError
+from causalmix_pipeline.core.errors import ConfigError, PoolError
 
 app = typer.Typer(
     name="causalmix",
@@ -66,12 +65,16 @@ def demo(
 @app.command()
 def profile(
     pool: Annotated[
-        str | None, typer.Argument(help="Folder, file, glob or URL; without it the live pool.")
+        str | None,
+        typer.Argument(
+            help="Folder, file, glob or URL, or a name in pools.live; without it the live pool."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write; data/profile. An earlier profile there gives the scale."
+            help="Folder to write; data/profile, for a pool of a name data/profile/NAME. An "
+            "earlier profile there gives the scale."
         ),
     ] = None,
     like: Annotated[
@@ -82,13 +85,18 @@ def profile(
 ) -> None:
     """Measure the covariates of a pool: every document once, only new ones again."""
     from causalmix_pipeline.profiling import profile_to_folder
+    from causalmix_pipeline.resources.live_pools import live_pool
     from causalmix_pipeline.resources.project import Project
     from causalmix_pipeline.workspace import find_config
 
     project = Project(config_file=str(find_config(config).resolve()))
-    location = project.settings.live_path if pool is None else named_location(pool)
-    target = out or project.folder("profile")
-    profile_to_folder(project, location, target, console(), like=like)
+    settings = project.settings
+    if pool is None or pool in settings.live_pools:
+        found = live_pool(settings, pool)
+        location, target = found.location, found.folder("profile")
+    else:
+        location, target = named_location(pool), project.folder("profile")
+    profile_to_folder(project, location, out or target, console(), like=like)
 
 
 def named_location(pool: str) -> str | Path:
@@ -178,12 +186,25 @@ def plan(
         out.print(plan_table(price, limits, free_bytes(project.run_store.root)))
         print_power(out, power, experiment_of(project, design), price_of_pilot)
         breaches = budget_breaches(project, price)
+        print_planned_top_ups(out, work)
     if breaches:
         out.print(f"[bold red]Over the budget.[/] {escape(budget_message(breaches))}")
     elif price["to train"]:
         out.print("Train them: causalmix refresh --train")
     else:
         out.print("Nothing to train: every proxy run of the design is in the run store.")
+
+
+def print_planned_top_ups(out: Console, work) -> None:
+    """What the top-ups cost that the newest recommendations plan; nothing where there is none."""
+    for pool in work.pools:
+        try:
+            n_runs = len(work.value("recommended_mixture", pool)["top_up"])
+        except FileNotFoundError:
+            continue
+        if n_runs:
+            of_pool = "" if pool is None else f" of {pool}"
+            out.print(f"{top_up_price(work, n_runs, of_pool)} Train it: causalmix refresh --top-up")
 
 
 def free_bytes(root: str | Path) -> float | None:
@@ -254,17 +275,29 @@ def refresh(
     ] = False,
     over_budget: Annotated[
         bool,
-        typer.Option("--over-budget", help="With --train: train though it exceeds the budget."),
+        typer.Option(
+            "--over-budget", help="With --train or --top-up: train though it exceeds the budget."
+        ),
     ] = False,
+    top_up: Annotated[
+        bool,
+        typer.Option(
+            "--top-up", help="Also train the runs planned for a live pool that isn't supported."
+        ),
+    ] = False,
+    pool: Annotated[
+        str | None,
+        typer.Option("--pool", help="Name of one of several live pools; all without it."),
+    ] = None,
 ) -> None:
     """Bring the recommendation up to date with the live pool; trains no proxy by itself."""
     from causalmix_pipeline.assets.plan import OVER_BUDGET_TAG
-    from causalmix_pipeline.console import mixture_table, print_gain, print_verdict
-    from causalmix_pipeline.demo import shown
+    from causalmix_pipeline.console import pools_table
     from causalmix_pipeline.workspace import open_workspace
 
     out = console()
     with open_workspace(config, out) as work:
+        pools = work.chosen_pools(pool)
         if not train and "cate_model" in stale_names(work):
             raise ConfigError(
                 "the effect model must be up to date before a refresh, and isn't: proxy runs or "
@@ -272,16 +305,86 @@ def refresh(
                 "`causalmix refresh --train`."
             )
         before = work.n_proxy_runs()
-        tags = {OVER_BUDGET_TAG: "yes"} if train and over_budget else {}
+        tags = {OVER_BUDGET_TAG: "yes"} if (train or top_up) and over_budget else {}
         with budget_told(work):
-            made = work.bring_up_to_date(work.selection(live_only=not train), tags=tags)
-        best = work.value("recommended_mixture")
+            selection = work.selection(live_only=not train)
+            made, problems = work.refresh_pools(pools, selection, tags=tags)
+        if top_up:
+            for name in pools:
+                if name not in problems:
+                    made += train_top_up(out, work, name, tags)
+        made = list(dict.fromkeys(made))
         out.print(f"Re-materialised: {', '.join(made) or 'nothing, all was up to date'}.")
         out.print(f"proxy runs trained: {work.n_proxy_runs() - before}")
-        out.print(mixture_table(best))
-        print_gain(out, best)
-        print_verdict(out, best)
-        out.print(f"Report: {shown(work.settings.data_path / 'reports' / 'report.html')}")
+        if len(pools) > 1:
+            out.print(pools_table([work.pool_row(name) for name in pools]))
+        elif not problems:
+            print_recommendation(out, work, pools[0])
+        refuse_problems(problems)
+
+
+def train_top_up(out: Console, work, pool: str | None, tags: Mapping[str, str]) -> list[str]:
+    """Train what is planned for a pool, its price told first; names of the assets that were made.
+
+    Raises:
+        ConfigError: if it costs more than the budget allows and nobody agreed to it.
+    """
+    of_pool = "" if pool is None else f" of {pool}"
+    n_runs = len(work.value("recommended_mixture", pool)["top_up"])
+    if not n_runs:
+        out.print(f"No top-up{of_pool}: the pool is within reach of the proxy runs.")
+        return []
+    out.print(top_up_price(work, n_runs, of_pool))
+    made = work.top_up(pool, tags=tags)
+    return made if pool is None else [f"{name} ({pool})" for name in made]
+
+
+def top_up_price(work, n_runs: int, of_pool: str = "") -> str:
+    """A sentence on what a top-up costs."""
+    from causalmix_pipeline.assets.design import specs_of
+    from causalmix_pipeline.assets.plan import price_runs
+    from causalmix_pipeline.console import hours_text
+    from causalmix_pipeline.resources.project import Project
+
+    project = Project(config_file=str(work.config_file.resolve()))
+    specs = specs_of(project, work.value("mixture_design"))
+    with work.quiet_log():
+        found = price_runs(project, specs, n_runs)
+    cost = "" if found["cost"] is None else f", {found['cost']:,.2f} {escape(found['currency'])}"
+    return f"Top-up{of_pool}: {n_runs} proxy runs, about {hours_text(found['hours'])} here{cost}."
+
+
+def print_recommendation(out: Console, work, pool: str | None) -> None:
+    """The mixture recommended for a pool, what it gains, and where the report is."""
+    from causalmix_pipeline.console import mixture_table, print_gain, print_verdict
+    from causalmix_pipeline.demo import shown
+    from causalmix_pipeline.resources.live_pools import live_pool
+
+    best = work.value("recommended_mixture", pool)
+    out.print(mixture_table(best))
+    print_gain(out, best)
+    print_verdict(out, best)
+    if best["top_up"]:
+        out.print(
+            f"{len(best['top_up'])} proxy runs at this pool would tell more: causalmix refresh "
+            "--top-up"
+        )
+    report = live_pool(work.settings, pool).folder("reports", "report.html")
+    out.print(f"Report: {shown(report)}")
+
+
+def refuse_problems(problems: Mapping[str, Exception]) -> None:
+    """Say which pools couldn't be refreshed, after the others were.
+
+    Raises:
+        PoolError: if there is one.
+    """
+    if problems:
+        lines = [f"the live pool {name}: {error}" for name, error in problems.items()]
+        raise PoolError(
+            f"every live pool must be refreshed, {len(problems)} couldn't be; the others are.\n"
+            + "\n".join(lines)
+        )
 
 
 @contextmanager
@@ -321,22 +424,24 @@ def stale_names(work) -> list[str]:
 @app.command()
 def status(config: ConfigOption = None) -> None:
     """Say which assets are stale and why, and what was recommended last."""
-    from causalmix_pipeline.automation.staleness import lineage, stale_assets
-    from causalmix_pipeline.console import new_table, print_gain, print_verdict
+    from causalmix_pipeline.automation.staleness import last_made, lineage, stale_assets
+    from causalmix_pipeline.console import new_table, pools_table, print_gain, print_verdict, when
     from causalmix_pipeline.resources.observation import LIVE_POOL, observe_pool
     from causalmix_pipeline.workspace import ON_REQUEST, open_workspace
 
     out = console()
     with open_workspace(config, out) as work:
-        observe_pool(work.instance, work.settings, LIVE_POOL)
+        named = [name for name in work.pools if name is not None]
+        if not named:
+            observe_pool(work.instance, work.settings, LIVE_POOL)
         found = stale_assets(work.defs, work.instance)
         columns = ["asset", "state", "last made"]
         table = new_table(columns, left=columns)
         graph = work.defs.resolve_asset_graph()
         for key in lineage(work.defs):
-            if not graph.get(key).is_materializable:
+            if not graph.get(key).is_materializable or graph.get(key).is_partitioned:
                 continue
-            event = work.instance.get_latest_materialization_event(key)
+            event = last_made(work.instance, key, None)
             made = when(event.timestamp) if event else ""
             state = found.reasons.get(key, "perhaps stale" if key in found.maybe else "up to date")
             if key.path[-1] in ON_REQUEST and not event:
@@ -344,6 +449,9 @@ def status(config: ConfigOption = None) -> None:
             table.add_row(key.to_user_string(), state, made)
         out.print(table)
         out.print(f"Finished proxy runs in the run store: {work.n_proxy_runs()}")
+        if named:
+            out.print(pools_table([work.pool_row(name) for name in named]))
+            return
         try:
             best = work.value("recommended_mixture")
         except FileNotFoundError:
@@ -351,13 +459,6 @@ def status(config: ConfigOption = None) -> None:
             return
         print_gain(out, best)
         print_verdict(out, best)
-
-
-def when(timestamp: float) -> str:
-    """Local time to the minute."""
-    import datetime
-
-    return datetime.datetime.fromtimestamp(timestamp).strftime("%Y-%m-%d %H:%M")
 
 
 @app.command()
@@ -387,7 +488,7 @@ def ui(
     path = find_config(config)
     settings = load_settings(path, missing_ok=True)
     require("dagster-webserver", "the UI", "pip install 'causalmix_pipeline[ui]'")
-    home = ensure_home(settings.data_path)
+    home = ensure_home(settings.data_path, settings.instance)
     console().print(f"UI: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     os.environ["DAGSTER_HOME"] = str(home)
     os.environ[CONFIG_VARIABLE] = str(path.resolve())
@@ -417,138 +518,28 @@ def require(package: str, purpose: str, command: str) -> None:
         ) from error
 
 
-# ---------------------------------------------------------------------------- doctor
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check of the doctor found: `level` is ok, warning or wrong."""
-
-    what: str
-    level: str
-    detail: str
-
-
 @app.command()
-def doctor(config: ConfigOption = None) -> None:
-    """Check the machine, the packages, settings and pools; exit status 2 if one is wrong."""
+def doctor(
+    config: ConfigOption = None,
+    mend: Annotated[
+        bool,
+        typer.Option("--mend", help="Mend what can be: dead runs, taken slots, leftovers, tables."),
+    ] = False,
+) -> None:
+    """Check machine, settings, pools and what Dagster keeps; exit status 2 if one is wrong."""
     from causalmix_pipeline.console import new_table
+    from causalmix_pipeline.doctor import examine
 
-    out = console()
-    findings = examine(config)
-    colours = {"ok": "green", "warning": "yellow", "wrong": "red"}
+    findings = examine(config, mend=mend)
+    colours = {"ok": "green", "mended": "green", "warning": "yellow", "wrong": "red"}
     columns = ["check", "result", "detail"]
     table = new_table(columns, left=columns)
     for found in findings:
         level = f"[{colours[found.level]}]{found.level}[/]"
         table.add_row(found.what, level, escape(found.detail))
-    out.print(table)
+    console().print(table)
     if any(found.level == "wrong" for found in findings):
         raise typer.Exit(USER_FAULT)
-
-
-def examine(config: Path | None) -> list[Finding]:
-    """All checks of the doctor, in order."""
-    from causalmix_pipeline.resources.settings_file import load_settings
-    from causalmix_pipeline.workspace import find_config
-
-    findings = [check_python(), check_disk(Path.cwd()), check_cores()]
-    findings += [check_package(*row) for row in (
-        ("torch", "proxy runs", "wrong"), ("econml", "causal_forest", "wrong"),
-        ("lightgbm", "RegMix", "wrong"), ("dagster-webserver", "the UI", "warning"),
-    )]  # fmt: skip
-    try:
-        settings = load_settings(find_config(config))
-    except ConfigError as error:
-        return [*findings, Finding("settings", "wrong", str(error))]
-    findings.append(Finding("settings", "ok", str(find_config(config))))
-    findings += [tried(f"{name} pool", check) for name, check in pool_checks(settings)]
-    return [*findings, *(tried(f"task {task}", check) for task, check in task_checks(settings))]
-
-
-def tried(what: str, check: Callable[[], str]) -> Finding:
-    """A check's detail, or what went wrong in it."""
-    try:
-        return Finding(what, "ok", check())
-    except CausalMixError as error:
-        return Finding(what, "wrong", str(error))
-
-
-def check_python() -> Finding:
-    """Python 3.11, 3.12 or 3.13."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    fits = (3, 11) <= sys.version_info < (3, 14)
-    return Finding("Python", "ok" if fits else "wrong", f"{version} (3.11 to 3.13 are tested)")
-
-
-def check_disk(folder: Path) -> Finding:
-    """2 GB free for token stores and runs."""
-    free = shutil.disk_usage(folder).free / 1e9
-    return Finding("disk", "ok" if free >= 2 else "warning", f"{free:.1f} GB free (2 GB wanted)")
-
-
-def check_cores() -> Finding:
-    """How many processes can train."""
-    from causalmix_pipeline.adapters.local_workers import n_cores
-
-    cores = n_cores()
-    return Finding("cores", "ok" if cores >= 2 else "warning", f"{cores}; one proxy process each")
-
-
-def check_package(name: str, purpose: str, level: str) -> Finding:
-    """A package that something needs."""
-    try:
-        return Finding(name, "ok", metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return Finding(name, level, f"not installed; {purpose} needs it")
-
-
-def pool_checks(settings) -> list[tuple[str, Callable[[], str]]]:
-    """Both pools: can their documents be read?"""
-    from causalmix_pipeline.adapters.profiler import PoolSpec, survey_pool
-    from causalmix_pipeline.resources.project import column_map, door_rules
-
-    def check(location: str | Path) -> str:
-        spec = PoolSpec(
-            location,
-            column_map(settings),
-            door_rules(settings),
-            domains=None if settings.domains is None else tuple(settings.domains),
-            max_rejected_share=settings.quality.max_rejected_share,
-        )
-        found = survey_pool(spec, max_bytes=0)
-        return (
-            f"{sum(found.documents_of.values()):,} documents in {len(found.documents_of)} domains, "
-            f"{found.quarantine.height} rows refused"
-        )
-
-    places = {"experiment": settings.experiment_path, "live": settings.live_path}
-    return [(name, lambda place=place: check(place)) for name, place in places.items()]
-
-
-def task_checks(settings) -> list[tuple[str, Callable[[], str]]]:
-    """Each task: is its held-out text there?"""
-    from causalmix_pipeline.assets.design import read_text_column
-    from causalmix_pipeline.core.errors import PoolError
-
-    def check(path: Path, weight: float) -> str:
-        if not path.is_file():
-            raise PoolError(f"path must be a file with held-out text, got {path}, not there.")
-        return (
-            f"{len(read_text_column(path, settings.columns.text)):,} documents, weight {weight:g}"
-        )
-
-    if not settings.tasks:
-
-        def refuse() -> str:
-            raise ConfigError("tasks must hold at least one task, got none: see causalmix init.")
-
-        return [("list", refuse)]
-    weights = settings.task_weights
-    return [
-        (name, lambda path=path, name=name: check(path, weights[name]))
-        for name, path in settings.task_paths.items()
-    ]
 
 
 cli_tables.register(app)

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 
 import dagster as dg
 from rich.box import SIMPLE_HEAD
@@ -168,6 +169,26 @@ def mixture_table(recommended: Mapping) -> Table:
         cells = ["0" if name == reference else gain_text(gains[name]) for name in names]
         table.add_row("gain, bits a byte", *(cell.replace(" (", "\n(") for cell in cells))
     return table
+
+
+def pools_table(rows: Sequence[Mapping]) -> Table:
+    """A row for each of several live pools: its state, and what was recommended for it last."""
+    columns = ["pool", "state", "recommended", "gain, bits a byte", "verdict"]
+    table = new_table(columns, left=columns)
+    for row in rows:
+        best = row["recommended"]
+        gain, verdict = "", "nothing was recommended yet"
+        if best is not None:
+            colour = VERDICT_COLOURS[best["verdict"]]
+            gain, verdict = gain_text(best), f"[{colour}]{best['verdict']}[/]"
+        made = "" if row["made"] is None else when(row["made"])
+        table.add_row(row["pool"], escape(row["state"]), made, gain, verdict)
+    return table
+
+
+def when(timestamp: float) -> str:
+    """Local time to the minute."""
+    return datetime.fromtimestamp(timestamp).strftime("%Y-%m-%d %H:%M")
 
 
 def print_verdict(console: Console, recommended: Mapping) -> None:

@@ -14,20 +14,30 @@ from causalmix_pipeline.assets import (
     proxy,
     recommendation,
     report,
+    top_ups,
     validation,
 )
 from causalmix_pipeline.automation.alerts import make_alert_sensor, make_run_failure_sensor
 from causalmix_pipeline.automation.conditions import with_live_condition
+from causalmix_pipeline.automation.dead_runs import dead_runs
+from causalmix_pipeline.automation.imported_tables import (
+    table_jobs,
+    table_sensors,
+    table_specs,
+    with_tables,
+)
 from causalmix_pipeline.automation.jobs import (
     adopt_experiment_pool,
     choose_covariates_job,
     experiment_job,
     make_refresh_schedule,
     refresh_job,
+    top_up_job,
     validate_job,
 )
+from causalmix_pipeline.automation.partitions import with_partitions
 from causalmix_pipeline.automation.sensors import make_condition_sensor, make_pool_sensor
-from causalmix_pipeline.automation.upkeep import with_upkeep
+from causalmix_pipeline.automation.upkeep import with_code_links, with_upkeep
 from causalmix_pipeline.automation.versions import with_settings_version
 from causalmix_pipeline.resources.project import default_resources
 from causalmix_pipeline.resources.settings import Settings
@@ -52,10 +62,14 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         interpretation,
         recommendation,
         report,
+        top_ups,
         validation,
     ]
     assets = [
-        with_live_condition(with_settings_version(asset, settings))
+        with_partitions(
+            with_live_condition(with_settings_version(with_tables(asset, settings), settings)),
+            settings,
+        )
         if isinstance(asset, dg.AssetsDefinition)
         else asset
         for asset in dg.load_assets_from_modules(modules, include_specs=True)
@@ -63,21 +77,29 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
     ]
     built: list[dg.Definitions] = []
     definitions = dg.Definitions(
-        assets=dg.map_asset_specs(lambda spec: with_upkeep(spec, settings), assets),
+        assets=with_code_links(
+            dg.map_asset_specs(
+                lambda spec: with_upkeep(spec, settings), [*assets, *table_specs(settings)]
+            )
+        ),
         asset_checks=dg.load_asset_checks_from_modules(modules),
         jobs=[
             experiment_job,
             refresh_job,
             validate_job,
+            top_up_job,
             choose_covariates_job,
             adopt_experiment_pool,
+            *table_jobs(settings),
         ],
         schedules=[make_refresh_schedule(settings, lambda: built[0])],
         sensors=[
             make_pool_sensor(settings),
             make_condition_sensor(settings),
             make_run_failure_sensor(settings),
+            dead_runs,
             make_alert_sensor(settings, lambda: built[0].resolve_asset_graph().asset_check_keys),
+            *table_sensors(settings, lambda: built[0]),
         ],
         resources=default_resources(config_file),
         # A step in a process of its own costs 6 s; the heavy step starts its own workers.

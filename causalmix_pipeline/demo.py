@@ -112,7 +112,7 @@ def tell(console: Console, *, preset: str = "demo", config_file: Path = DEMO_CON
     pool = assemble(config_file.parent / "demo", console)
     write_atomically(config_file, demo_settings(pool, config_file, preset).encode())
     with open_workspace(config_file, console) as work:
-        live = work.settings.resolve(work.settings.pools.live)
+        live = Path(work.settings.live_path)
         console.rule("1. From a pool to a mixture", align="left")
         start_live_pool(pool, live, console)
         before = work.n_proxy_runs()
@@ -181,7 +181,7 @@ def refresh_after_drop(work: Workspace, pool: DemoPool, drop: str) -> None:
     console, started = work.console, time.monotonic()
     before, covariates = work.value("recommended_mixture"), work.value("live_covariates")
     n_before = work.n_proxy_runs()
-    files = drop_into_live(pool.root, work.settings.resolve(work.settings.pools.live), drop)
+    files = drop_into_live(pool.root, Path(work.settings.live_path), drop)
     made = work.bring_up_to_date(work.selection())
     after = work.value("recommended_mixture")
     console.print(

@@ -3,21 +3,28 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from rich.console import Console
-from upath import UPath
 
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.sealed_frames import read_value
-from causalmix_pipeline.automation.staleness import refresh, stale_assets
+from causalmix_pipeline.automation.imported_tables import observe_tables
+from causalmix_pipeline.automation.staleness import (
+    last_made,
+    materialise,
+    refresh,
+    stale_assets,
+)
 from causalmix_pipeline.console import Work, progress_line
-from causalmix_pipeline.core.errors import CausalMixError, ConfigError
+from causalmix_pipeline.core.errors import CausalMixError, ConfigError, PoolError
+from causalmix_pipeline.resources.frame_store import value_path
 from causalmix_pipeline.resources.instance import close_dead_runs, ensure_instance
+from causalmix_pipeline.resources.live_pools import settle_partitions
 from causalmix_pipeline.resources.observation import (
     EXPERIMENT_POOL,
     LIVE_POOL,
@@ -60,14 +67,18 @@ class Workspace:
     instance: dg.DagsterInstance
     console: Console
 
-    def value(self, asset: str) -> Any:
+    def value(self, asset: str, pool: str | None = None) -> Any:
         """The value of an asset as it was made last.
+
+        Args:
+            asset: its name.
+            pool: name of the live pool that it's made of, where there are several.
 
         Raises:
             FileNotFoundError: if it was never made.
             PoolError: if its file was damaged.
         """
-        return read_value(UPath(self.settings.assets_root) / f"{asset}.parquet")
+        return read_value(value_path(self.settings.assets_root, dg.AssetKey(asset), pool))
 
     def n_proxy_runs(self) -> int:
         """Finished proxy runs in the run store."""
@@ -81,13 +92,24 @@ class Workspace:
             *ON_REQUEST
         )  # fmt: skip
 
+    @property
+    def pools(self) -> list[str | None]:
+        """Names of the live pools; None for the only one, without a name."""
+        return list(self.settings.live_pools)
+
     def bring_up_to_date(
-        self, selection: dg.AssetSelection, *, tags: Mapping[str, str] | None = None
+        self,
+        selection: dg.AssetSelection,
+        *,
+        pool: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> list[str]:
         """Observe the pools and materialise what is stale, with a progress line.
 
         Args:
             selection: what may be made.
+            pool: name of the live pool; None where there are several leaves out what is made of
+                one.
             tags: of the Dagster runs.
 
         Returns:
@@ -96,15 +118,100 @@ class Workspace:
         if observed_version(self.instance, EXPERIMENT_POOL) is None:
             # Adopted once; later changes of it need a person (the job adopt_experiment_pool).
             observe_pool(self.instance, self.settings, EXPERIMENT_POOL)
-        observe_pool(self.instance, self.settings, LIVE_POOL)
-        found = stale_assets(self.defs, self.instance, selection)
+        if pool in self.pools:
+            observe_pool(self.instance, self.settings, LIVE_POOL, pool)
+        found = stale_assets(self.defs, self.instance, selection, pool=pool)
         keys = [*found.reasons, *found.maybe]
         if not keys:
             return []
         work = Work(step_names(self.defs, keys))
         with self.quiet_log(), progress_line(self.console, work) as on_event:
-            made = refresh(self.defs, self.instance, selection, tags=tags, on_event=on_event)
+            made = refresh(
+                self.defs, self.instance, selection, pool=pool, tags=tags, on_event=on_event
+            )
         return [key.to_user_string() for key in made]
+
+    def top_up(
+        self, pool: str | None = None, *, tags: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Train the top-up plan of a live pool's recommendation, and recommend again.
+
+        Args:
+            pool: name of the live pool; None for the only one.
+            tags: of the Dagster run.
+
+        Returns:
+            Names of the assets that were made; none where nothing is planned.
+        """
+        from causalmix_pipeline.assets.top_ups import TOP_UP_TAG
+        from causalmix_pipeline.automation.jobs import TOP_UP
+
+        if not self.value("recommended_mixture", pool)["top_up"]:
+            return []
+        keys = sorted(TOP_UP.resolve(self.defs.resolve_asset_graph()))
+        work = Work([*step_names(self.defs, keys), "train_top_up_runs"])
+        tags = {TOP_UP_TAG: "yes", **(tags or {})}
+        with self.quiet_log(), progress_line(self.console, work) as on_event:
+            materialise(self.defs, self.instance, keys, pool=pool, tags=tags, on_event=on_event)
+        return [key.to_user_string() for key in keys]
+
+    def chosen_pools(self, name: str | None) -> list[str | None]:
+        """The live pool of a name, or all where none is given.
+
+        Raises:
+            ConfigError: if the settings have none of the name.
+        """
+        if name is None:
+            return self.pools
+        self.settings.live_location(name)
+        return [name]
+
+    def refresh_pools(
+        self,
+        pools: Sequence[str | None],
+        selection: dg.AssetSelection,
+        *,
+        tags: Mapping[str, str] | None = None,
+    ) -> tuple[list[str], dict[str, Exception]]:
+        """Bring up to date what is of no pool, then each pool; one that fails stops no other.
+
+        Args:
+            pools: names of the pools; [None] for the only one.
+            selection: what may be made.
+            tags: of the Dagster runs.
+
+        Returns:
+            Names of the assets that were made, with their pool; what went wrong with a pool.
+        """
+        made, problems = self.bring_up_to_date(selection, tags=tags), {}
+        for pool in pools:
+            if pool is None:
+                continue
+            try:
+                names = self.bring_up_to_date(selection, pool=pool, tags=tags)
+            except (dg.DagsterError, CausalMixError) as error:
+                problems[pool] = root_cause(error) or error
+                continue
+            made += [f"{name} ({pool})" for name in names]
+        return made, problems
+
+    def pool_row(self, pool: str | None) -> dict[str, Any]:
+        """A pool in a table of several: its state, when its mixture was made, gain and verdict."""
+        from causalmix_pipeline.automation.conditions import LIVE_SIDE
+
+        try:
+            observe_pool(self.instance, self.settings, LIVE_POOL, pool)
+            found = stale_assets(self.defs, self.instance, LIVE_SIDE, pool=pool)
+            stale = [f"{key.path[-1]}: {reason}" for key, reason in found.reasons.items()]
+            state = stale[0] if stale else "up to date"
+        except PoolError as error:
+            state = f"can't be read: {error}"
+        made = last_made(self.instance, dg.AssetKey("recommended_mixture"), pool)
+        row = {"pool": pool, "state": state, "made": made and made.timestamp}
+        try:
+            return row | {"recommended": self.value("recommended_mixture", pool)}
+        except FileNotFoundError:
+            return row | {"recommended": None}
 
     @contextlib.contextmanager
     def quiet_log(self) -> Iterator[Path]:
@@ -127,6 +234,8 @@ def step_names(defs: dg.Definitions, keys: list[dg.AssetKey]) -> list[str]:
         name = key.path[-1]
         if name == "proxy_runs":
             names += ["pending_proxy_runs", "train_proxy_runs", "collect_proxy_runs"]
+        elif name == "top_up_runs":
+            names += ["ask_for_top_up", "collect_top_ups"]
         else:
             names.append(name)
     return names
@@ -143,7 +252,10 @@ def open_workspace(
     """
     path = find_config(config_file)
     settings = load_settings(path, missing_ok=not must_exist)
-    with hold_project(settings.data_path), ensure_instance(settings.data_path) as instance:
+    with (
+        hold_project(settings.data_path),
+        ensure_instance(settings.data_path, settings.instance) as instance,
+    ):
         from causalmix_pipeline.definitions import build_definitions
 
         closed = close_dead_runs(instance)
@@ -152,6 +264,8 @@ def open_workspace(
                 f"Closed {len(closed)} run{'s' if len(closed) > 1 else ''} whose process was "
                 "killed; finished proxy runs are kept."
             )
+        settle_partitions(instance, settings)
+        observe_tables(instance, settings)
         yield Workspace(path, settings, build_definitions(path), instance, console)
 
 

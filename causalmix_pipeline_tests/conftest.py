@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
+from causalmix_pipeline_tests.postgres_server import postgres_folder, postgres_server
 
 WORDS = {
     "math": ["sum", "angle", "prime", "factor", "seven", "equals", "root", "proof", "digit"],
@@ -88,6 +89,16 @@ def bucket(s3_endpoint, monkeypatch) -> Iterator[str]:
     S3FileSystem().mkdir("bucket")
     yield "s3://bucket/team"
     S3FileSystem().rm("bucket", recursive=True)
+
+
+@pytest.fixture(scope="module")
+def postgres_url() -> Iterator[str]:
+    """URL, with its password, of an empty database on a real PostgreSQL server on loopback."""
+    if postgres_folder() is None:
+        pytest.skip("needs PostgreSQL's programs, on PATH or below /usr/lib/postgresql")
+    pytest.importorskip("dagster_postgres")
+    with postgres_server() as url:
+        yield url
 
 
 @pytest.fixture

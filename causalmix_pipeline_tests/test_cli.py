@@ -246,7 +246,7 @@ def test_a_refresh_of_a_changed_pool_makes_the_live_side_and_trains_nothing(fini
     made = re.search(r"Re-materialised: (.*?)\. proxy", text)
     assert made and sorted(made[1].split(", ")) == [
         "baseline_mixtures", "live_changes", "live_covariates", "live_documents",
-        "recommended_mixture", "report", "training_export",
+        "recommended_mixture", "report", "top_up_runs", "training_export",
     ]  # fmt: skip
     assert "proxy runs trained: 0" in text
     assert "Overlap verdict: " in text

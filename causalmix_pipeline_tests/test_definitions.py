@@ -31,6 +31,7 @@ ASSET_KEYS = {
     "live_documents",
     "live_covariates",
     "live_changes",
+    "top_up_runs",
     "baseline_mixtures",
     "recommended_mixture",
     "training_export",
@@ -121,6 +122,7 @@ def test_the_jobs_sensors_and_the_schedule_are_there(definitions):
         "experiment",
         "refresh",
         "validate",
+        "top_up",
         "choose_covariates",
         "adopt_experiment_pool",
     }
@@ -128,6 +130,7 @@ def test_the_jobs_sensors_and_the_schedule_are_there(definitions):
         "live_pool_sensor",
         "live_side_sensor",
         "run_failure_alerts",
+        "dead_runs",
         "alerts",
     }
     assert [s.name for s in repository.schedule_defs] == ["daily_refresh"]

@@ -36,7 +36,7 @@ def test_every_setting_is_described(section):
 
 
 def test_every_section_of_the_settings_is_found():
-    assert len(sections(Settings)) == 16
+    assert len(sections(Settings)) == 17
 
 
 def test_every_field_of_the_resources_is_described():

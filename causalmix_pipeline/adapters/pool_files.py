@@ -12,7 +12,9 @@ import io
 import json
 import os
 from dataclasses import dataclass
+from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any, BinaryIO
 
 from causalmix_pipeline.core.errors import PoolError
@@ -39,7 +41,8 @@ class PoolFile:
         url: local path, or URL that fsspec knows (s3://...).
         name: path below the pool's location, for tables and errors.
         size: bytes; -1 where a dataset's own list names a file that isn't there.
-        version: changes with the file: time of change in nanoseconds, or the storage's ETag.
+        version: changes with the file: both its times of change in nanoseconds (that of the
+            content can be set, and is by `rsync -t` or `touch`), or the storage's ETag.
         format: "jsonl", "csv", "parquet" or "arrow".
     """
 
@@ -164,11 +167,34 @@ def _list_local(location: Path) -> dict[str, PoolFile] | None:
         return None
     found = {}
     for path in paths:
-        if path.is_file():
-            stat, name = path.stat(), path.relative_to(root).as_posix()
-            version, format_ = str(stat.st_mtime_ns), _format_of(name) or ""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            if error.errno in (ENOENT, ENOTDIR, ELOOP):  # removed just now, or a link to nowhere
+                continue
+            raise
+        if S_ISREG(stat.st_mode):
+            name = path.relative_to(root).as_posix()
+            if path != location:  # a link that a person named is followed
+                _refuse_outside(path, root, name)
+            version, format_ = f"{stat.st_mtime_ns} {stat.st_ctime_ns}", _format_of(name) or ""
             found[name] = PoolFile(str(path), as_text(name), stat.st_size, version, format_)
     return found
+
+
+def _refuse_outside(path: Path, root: Path, name: str) -> None:
+    """Refuse a link out of the pool: whoever fills the folder would choose what else is read.
+
+    The cache of `huggingface_hub` has its files in a folder beside the one of links.
+    """
+    real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
+    if not (real.is_relative_to(inside) or real.is_relative_to(blobs)):
+        raise PoolError(
+            f"pools: {as_text(name)} must be a file in the pool's folder {as_text(str(root))}, "
+            f"got a link to {as_text(str(real))}: copy or hard-link the file, or name the folder "
+            "that it is in as the pool."
+        )
 
 
 def _list_remote(location: str) -> dict[str, PoolFile] | None:

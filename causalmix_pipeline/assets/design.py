@@ -27,8 +27,16 @@ from causalmix_pipeline.adapters.task_files import (
     read_questions,
     read_text_column,
 )
-from causalmix_pipeline.assets.pictures import markdown_table
-from causalmix_pipeline.core.covariates import QUANTILES
+from causalmix_pipeline.assets.pictures import (
+    Strip,
+    by_domain_table,
+    histogram,
+    markdown_table,
+    plain,
+    strips_plot,
+    svg_picture,
+)
+from causalmix_pipeline.core.covariates import QUANTILES, measure_covariates
 from causalmix_pipeline.core.design import Design, make_design
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 from causalmix_pipeline.core.pretrained import PretrainedConfig
@@ -277,7 +285,13 @@ def pool_states(
         metadata={
             "states": float(len(hashes)),
             "covariates a domain": float(len(states.covariates)),
-            "reach of the covariates": markdown_table(covariate_reach(frame)),
+            "reach of the covariates in use": markdown_table(
+                covariate_reach(frame, project.settings.covariates)
+            ),
+            "states beside the experiment pool": svg_picture(
+                states_plot(frame, experiment_documents, domains, project.settings.covariates),
+                "pool states",
+            ),
         },
     )
 
@@ -314,32 +328,63 @@ def normaliser(
         also=quantiles_of(project.settings.covariates),
     )
     value = fitted.to_dict()
-    spread = pl.DataFrame({"covariate": fitted.covariates}).with_columns(
-        pl.Series(domain, fitted.scale_DP[d]) for d, domain in enumerate(fitted.domains)
-    )
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
         metadata={
             "version": fitted.version,
             "scorers": ", ".join(fitted.scorers),
-            "one unit, by domain": markdown_table(spread.to_dicts()),
+            "one unit, by domain": by_domain_table(
+                fitted.domains,
+                dict(zip(fitted.covariates, fitted.scale_DP.T.tolist(), strict=True)),
+                "covariate",
+            ),
         },
     )
 
 
-def covariate_reach(states: pl.DataFrame) -> list[dict]:
-    """Least, middle and largest value of each covariate over states and domains."""
-    return [
-        {
-            "covariate": name,
-            "least": float(states[name].min()),  # pyright: ignore[reportArgumentType]
-            "median": float(states[name].median()),  # pyright: ignore[reportArgumentType]
-            "largest": float(states[name].max()),  # pyright: ignore[reportArgumentType]
-        }
-        for name in states.columns
-        if name not in STATE_COLUMNS
+def covariate_reach(states: pl.DataFrame, covariates: Sequence[str]) -> list[dict]:
+    """Least, middle and largest value of covariates over states and domains, and their spread."""
+    rows = []
+    for name in covariates:
+        if name in states.columns and (values := states[name].drop_nulls().drop_nans()).len():
+            rows.append({"covariate": name, **_reach(values.to_numpy())})
+    return rows
+
+
+def _reach(values: np.ndarray) -> dict[str, float | str]:
+    low, high = float(values.min()), float(values.max())
+    return {
+        "least": low,
+        "median": float(np.median(values)),
+        "largest": high,
+        "least to largest": histogram(values.tolist(), low, high, cells=10),
+    }
+
+
+#: Most strips of a picture: more can't be read.
+MOST_STRIPS = 40
+
+
+def states_plot(
+    states: pl.DataFrame,
+    experiment_documents: pl.DataFrame,
+    domains: Sequence[str],
+    covariates: Sequence[str],
+) -> str:
+    """A strip per domain and covariate in use: a dot per state, a mark for the pool itself."""
+    names = [name for name in covariates if name in states.columns]
+    pool_DP = measure_covariates(experiment_documents, domains, names)
+    strips = [
+        Strip(
+            f"{plain(domain, 12)} · {name}",
+            states.filter(pl.col("domain") == domain)[name].drop_nulls().to_list(),
+            float(pool_DP[d, p]) if np.isfinite(pool_DP[d, p]) else None,
+        )
+        for p, name in enumerate(names)
+        for d, domain in enumerate(domains)
     ]
+    return strips_plot(strips[:MOST_STRIPS], "A dot is a pool state, the line the whole pool")
 
 
 def state_values(states: pl.DataFrame, n_domains: int, covariates: Sequence[str]) -> np.ndarray:
@@ -514,6 +559,17 @@ def mixture_design(
             "pool states": float(len(hashes)),
             "engine": specs[0].engine,
             "shares": markdown_table(share_reach(design, domains)),
+            "shares of all runs": svg_picture(
+                strips_plot(
+                    [
+                        Strip(domain, share_N.tolist(), 1 / len(domains))
+                        for domain, share_N in zip(domains, design.mixture_ND.T, strict=True)
+                    ][:MOST_STRIPS],
+                    "A dot is a run's share of a domain, the line the equal share",
+                    limits=(0.0, 1.0),
+                ),
+                "shares of the design",
+            ),
         },
         check_results=[
             dg.AssetCheckResult(
@@ -526,13 +582,14 @@ def mixture_design(
 
 
 def share_reach(design: Design, domains: list[str]) -> list[dict]:
-    """Least, middle and largest share of each domain over the design."""
+    """Least, middle and largest share of each domain over the design, and how they spread."""
     return [
         {
             "domain": domain,
             "least": float(share_N.min()),
             "median": float(np.median(share_N)),
             "largest": float(share_N.max()),
+            "0 to 1": histogram(share_N.tolist(), 0, 1),
         }
         for domain, share_N in zip(domains, design.mixture_ND.T, strict=True)
     ]

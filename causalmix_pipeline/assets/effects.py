@@ -16,9 +16,11 @@ from causalmix_pipeline.adapters.estimators import (
 from causalmix_pipeline.adapters.experiment import collect_runs
 from causalmix_pipeline.adapters.quick_fits import more_runs, run_trials
 from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.assets.checks_metadata import check_rows, power_metadata, trial_rows
 from causalmix_pipeline.assets.design import STATE_COLUMNS, design_of, domains_of, state_values
-from causalmix_pipeline.assets.pictures import markdown_table
+from causalmix_pipeline.assets.pictures import markdown_table, number
 from causalmix_pipeline.assets.proxy import records_of
+from causalmix_pipeline.assets.small_pictures import Fit, fit_picture
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
 from causalmix_pipeline.core.covariate_choice import choose_covariates
 from causalmix_pipeline.core.errors import EstimationError
@@ -62,17 +64,37 @@ def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> d
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
         metadata={
-            "R2 within unseen states": float(best["r2_within"].mean()),  # pyright: ignore[reportArgumentType]
-            "Spearman on unseen states": float(best["spearman"].mean()),  # pyright: ignore[reportArgumentType]
-            "largest factor on standard errors": max(c.factor for c in choice.calibration.values()),
-            "least of a gain that holds": min(c.slope for c in choice.calibration.values()),
-            "scores": markdown_table(
-                choice.frame.select("estimator", "task", "r2_within", "spearman", "chosen")
-                .sort("task", "estimator")
-                .to_dicts()
+            "R2 within unseen states": number(float(best["r2_within"].mean())),  # pyright: ignore[reportArgumentType]
+            "Spearman on unseen states": number(float(best["spearman"].mean())),  # pyright: ignore[reportArgumentType]
+            "largest factor on standard errors": number(
+                max(c.factor for c in choice.calibration.values())
             ),
+            "least of a gain that holds": number(min(c.slope for c in choice.calibration.values())),
+            "predicted (up) against observed (right) on unseen states": fit_picture(
+                [
+                    Fit(task, runs.outcome_NT[:, t], np.array(value["out_of_fold"][task]))
+                    for t, task in enumerate(runs.tasks)
+                ]
+            ),
+            "estimators on unseen states": markdown_table(estimator_rows(choice.frame)),
         },
     )
+
+
+def estimator_rows(scores: pl.DataFrame) -> list[dict]:
+    """A row per task and estimator, the chosen one of a task first, then by R2."""
+    ordered = scores.sort("task", "chosen", "r2_within", descending=[False, True, True])
+    return [
+        {
+            "task": row["task"],
+            "estimator": row["estimator"],
+            "R2 within": row["r2_within"],
+            "± se": row["r2_within_se"],
+            "Spearman": row["spearman"],
+            "chosen": "chosen" if row["chosen"] else "",
+        }
+        for row in ordered.iter_rows(named=True)
+    ]
 
 
 @dg.asset(
@@ -130,25 +152,21 @@ def cate_checks(
         ),
         **effect_beliefs(runs, cate_model, project.settings.task_weights),
     }
+    checks = belief_checks(value, project.settings.task_weights)
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
         metadata={
-            "R2 of the mixture given the state": mixing.r2,
-            "noise floor": markdown_table(
-                floor.select("task", "mixture_variance", "seed_variance", "ratio").to_dicts()
-            ),
-            f"what {cells} runs can tell": markdown_table(power_rows(seen)),
-            "smallest gain found, by runs": markdown_table(
-                [{"task": row["task"], **row["curve"]} for row in seen]
-            ),
+            "checks": markdown_table(check_rows(checks), length=90),
+            "R2 of the mixture given the state": number(mixing.r2),
+            **power_metadata(seen, cells),
             "correlation with outcomes within states": markdown_table(trial.to_dicts()),
-            "do mixtures and states matter": markdown_table(value["falsification"]),
+            "do mixtures and states matter": markdown_table(trial_rows(value["falsification"])),
             "what a hidden confounder needs": markdown_table([value["robustness"]["shown"]]),
             "R2 within unseen states, by runs": markdown_table(value["learning_curve"]["table"]),
             "twice the runs": value["learning_curve"]["sentence"],
         },
-        check_results=list(belief_checks(value, project.settings.task_weights)),
+        check_results=checks,
     )
 
 
@@ -191,20 +209,6 @@ def _robustness(runs: RunTable, cate_model: Mapping, weights_T: np.ndarray) -> d
         "value_lower": "its lower bound",
     }
     return found | {"shown": {word: found[name] for name, word in names.items()}}
-
-
-def power_rows(power: Sequence[Mapping]) -> list[dict]:
-    """The table of `core.power` without its curve, names in words."""
-    names = {
-        "task": "task",
-        "seed_sd": "seed sd",
-        "ratio": "mixtures / seeds",
-        "smallest_gain": "smallest gain",
-        "in_reach": "gain in reach",
-        "detection": "probability to find it",
-        "runs_needed": "runs needed",
-    }
-    return [{word: row[name] for name, word in names.items()} for row in power]
 
 
 def belief_checks(value: Mapping, weights: Mapping[str, float]) -> list[dg.AssetCheckResult]:

@@ -21,8 +21,20 @@ from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import ImportedRuns, Settings
 
 
-@dg.asset(dagster_type=FRAME, group_name="experiment", kinds={"polars"}, code_version="1")
-def imported_runs(
+def make_imported_runs(deps: Sequence[dg.AssetKey] = ()) -> dg.AssetsDefinition:
+    """The asset of runs made elsewhere, which may depend on an asset that stands for its files."""
+    asset = dg.asset(
+        name="imported_runs",
+        dagster_type=FRAME,
+        group_name="experiment",
+        kinds={"polars"},
+        code_version="1",
+        deps=list(deps),
+    )
+    return asset(_imported_runs)
+
+
+def _imported_runs(
     project: dg.ResourceParam[Project], mixture_design: pl.DataFrame
 ) -> dg.MaterializeResult:
     """One row per run made elsewhere, as the tables in the settings have it; often no row.
@@ -37,8 +49,8 @@ def imported_runs(
     if read:
         frame = stack_runs([runs for runs, _ in read]).to_frame()
     rows = [
-        {"source": runs.sources[0], "runs": runs.n_runs, "pool states": runs.n_states,
-         "randomised": not runs.observational_sources, "left out": "; ".join(notes)}
+        {"source": runs.sources[0], "runs": runs.n_runs, "states": runs.n_states,
+         "randomised": not runs.observational_sources, "left out": "; ".join(notes) or None}
         for runs, notes in read
     ]  # fmt: skip
     return dg.MaterializeResult(
@@ -46,6 +58,9 @@ def imported_runs(
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={"runs": float(frame.height), "sources": markdown_table(rows)},
     )
+
+
+imported_runs = make_imported_runs()
 
 
 def no_runs() -> pl.DataFrame:

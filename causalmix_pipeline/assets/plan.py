@@ -18,6 +18,7 @@ from causalmix_pipeline.adapters.model_tokens import describe_model
 from causalmix_pipeline.adapters.ray_workers import RayWorkers
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import design_of, domains_of, specs_of, state_values
+from causalmix_pipeline.assets.pictures import number
 from causalmix_pipeline.core.belief import noise_floor
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.power import Experiment, power_table
@@ -135,9 +136,19 @@ def read_calibrations(path: Path) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def price_runs(project: Project, specs: Sequence[ProxySpec]) -> dict[str, Any]:
-    """What is to train of these runs, and what that costs on this hardware."""
-    workload = workload_of(project, specs, len(project.run_store.missing(specs)))
+def price_runs(
+    project: Project, specs: Sequence[ProxySpec], n_pending: int | None = None
+) -> dict[str, Any]:
+    """What is to train of these runs, and what that costs on this hardware.
+
+    Args:
+        project: its run store, hardware and budget.
+        specs: the runs.
+        n_pending: how many such runs are to train; None counts those without a record.
+    """
+    if n_pending is None:
+        n_pending = len(project.run_store.missing(specs))
+    workload = workload_of(project, specs, n_pending)
     budget = project.settings.budget
     rates = Rates(budget.price_per_gpu_hour, budget.price_per_core_hour, budget.currency)
     return price(workload, calibration_of(project, specs, workload), rates)
@@ -179,7 +190,8 @@ def budget_message(breaches: Sequence[str]) -> str:
     """What is over the budget, and the ways out."""
     return (
         f"{'; '.join(breaches)}: train fewer or smaller runs (design.n_runs, proxy.preset), raise "
-        "the limit, or agree to this once: `causalmix refresh --train --over-budget`, in the UI a "
+        "the limit, or agree to this once: `causalmix refresh --train --over-budget` (a top-up: "
+        "`--top-up` for `--train`), in the UI a "
         f"run with the tag {OVER_BUDGET_TAG}: yes."
     )
 
@@ -217,7 +229,11 @@ def proxy_plan(
     return dg.MaterializeResult(
         value=found,
         data_version=dg.DataVersion(content_digest([spec.key for spec in specs])),
-        metadata={name: each for name, each in found.items() if each is not None},
+        metadata={
+            name: number(each) if isinstance(each, float) else each
+            for name, each in found.items()
+            if each is not None
+        },
         check_results=[
             dg.AssetCheckResult(
                 check_name="within_budget",

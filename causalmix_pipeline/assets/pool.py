@@ -1,9 +1,9 @@
 """The two pools, and what is known of their documents."""
 
-import base64
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import dagster as dg
 import numpy as np
@@ -20,13 +20,22 @@ from causalmix_pipeline.adapters.profiler import (
     survey_pool,
 )
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value, write_value
+from causalmix_pipeline.assets.column_lineage import live_covariates_lineage
 from causalmix_pipeline.assets.design import (
     evaluation_texts,
     read_harness_tasks,
     read_task_questions,
     read_task_texts,
 )
-from causalmix_pipeline.assets.pictures import markdown_table, moves_plot
+from causalmix_pipeline.assets.pictures import (
+    bar,
+    by_domain_table,
+    markdown_table,
+    markdown_text,
+    moves_plot,
+    number,
+    svg_picture,
+)
 from causalmix_pipeline.core.covariates import (
     Normaliser,
     covariates_of,
@@ -35,6 +44,7 @@ from causalmix_pipeline.core.covariates import (
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.pool_change import compare_profiles
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
+from causalmix_pipeline.resources.live_pools import LivePool, pool_of_run
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observed_version
 from causalmix_pipeline.resources.progress import progress_teller
 from causalmix_pipeline.resources.project import Project
@@ -74,9 +84,12 @@ with warnings.catch_warnings():
             )
         ],
     )
-    def live_pool(project: dg.ResourceParam[Project]) -> Iterator[dg.ObserveResult]:
+    def live_pool(
+        context: dg.AssetExecutionContext, project: dg.ResourceParam[Project]
+    ) -> Iterator[dg.ObserveResult]:
         """The content of the live pool."""
-        version = dg.DataVersion(pool_fingerprint(project.settings.live_path))
+        location = pool_of_run(context, project.settings).location
+        version = dg.DataVersion(pool_fingerprint(location))
         yield dg.ObserveResult(asset_key=LIVE_POOL, data_version=version)
 
 
@@ -102,9 +115,9 @@ def profile(
     spec: PoolSpec,
     plans: Sequence[ScorerPlan],
     tell: Callable[[str], None],
-    name: str,
+    quarantine: Path,
 ) -> PoolProfile:
-    """Profile a pool, and keep its refused rows with their reasons in `data/quarantine`.
+    """Profile a pool, and keep its refused rows with their reasons.
 
     Where the settings say so, documents that overlap with a task are refused, too.
 
@@ -113,7 +126,7 @@ def profile(
         spec: the pool.
         plans: what to measure.
         tell: takes a line of progress.
-        name: of the pool, for the quarantine table.
+        quarantine: file of the refused rows.
     """
     found = profile_pool(
         spec,
@@ -125,7 +138,7 @@ def profile(
     )
     if project.settings.quality.exclude_overlap:
         found = without_overlap(project, spec, found)
-    write_value(project.folder("quarantine", f"{name}.parquet"), found.quarantine)
+    write_value(quarantine, found.quarantine)
     return found
 
 
@@ -170,10 +183,37 @@ def pool_metadata(found: PoolProfile) -> dict:
         "tokens": float(originals["n_tokens"].sum()),
         "documents scored now": float(max(found.n_scored.values())),
         "rows rejected": float(found.quarantine.height),
-        "share rejected": found.rejected_share,
-        "first reasons": markdown_table(found.quarantine.head(3).to_dicts()),
-        "domains": markdown_table(domain_rows(found.documents)),
+        "share rejected": number(found.rejected_share),
+        "domains": markdown_table(described_domains(found)),
+        "rejected, by reason": markdown_table(reason_rows(found.quarantine), length=60),
+        "first rejected rows": markdown_table(found.quarantine.head(3).to_dicts()),
     }
+
+
+def described_domains(found: PoolProfile) -> list[dict]:
+    """The table of domains with rejected rows, and a bar for the share of the tokens.
+
+    A rejected row has the domain of its file, where all documents of the file are of one.
+    """
+    rows, originals = domain_rows(found.documents), found.documents.filter(~pl.col("augmented"))
+    of_file = originals.group_by("file").agg(pl.col("domain").unique())
+    of_file = of_file.filter(pl.col("domain").list.len() == 1).explode("domain")
+    joined = found.quarantine.select("file").join(of_file, on="file", how="left")
+    rejected = dict(joined["domain"].value_counts().iter_rows())
+    most = max((row["tokens"] for row in rows), default=1)
+    table = [
+        row | {"rejected": rejected.get(row["domain"], 0), "by tokens": bar(row["tokens"] / most)}
+        for row in rows
+    ]
+    if elsewhere := joined.height - sum(row["rejected"] for row in table):
+        table.append(dict.fromkeys(table[0]) | {"domain": "unknown", "rejected": elsewhere})
+    return table
+
+
+def reason_rows(quarantine: pl.DataFrame) -> list[dict]:
+    """How many rows were rejected for each reason, the most frequent first."""
+    counted = quarantine.group_by("reason").agg(rows=pl.len()).sort("rows", "reason")
+    return counted.reverse().select("rows", "reason").to_dicts()
 
 
 @dg.asset(
@@ -208,8 +248,8 @@ def tokenizer(
         metadata={
             "vocabulary": float(len(unigram_V)),
             "tokens read": float(unigram_V.sum()),
-            "unigram entropy, nats a token": fitted.unigram_nats,
-            "domains": ", ".join(domains),
+            "unigram entropy, nats a token": number(fitted.unigram_nats),
+            "domains": markdown_table([{"order": d, "domain": n} for d, n in enumerate(domains)]),
         },
     )
 
@@ -244,7 +284,8 @@ def experiment_documents(
         adopted_pool(context, project), domains=tuple(tokenizer["domains"]), noise_seed=noise_seed
     )
     plans = project.scorer_plans(fitted)
-    found = profile(project, spec, plans, context.log.info, "experiment_pool")
+    quarantine = project.folder("quarantine", "experiment_pool.parquet")
+    found = profile(project, spec, plans, context.log.info, quarantine)
     tokens_hash = write_token_store(project.run_store, spec, found.documents, fitted)
     documents = found.documents.with_columns(tokens_hash=pl.lit(tokens_hash))
     least = min(domain_rows(documents), key=lambda row: row["documents"])
@@ -257,8 +298,8 @@ def experiment_documents(
                 check_name="enough_documents",
                 passed=least["documents"] >= MIN_DOCUMENTS,
                 description=f"every domain must have {MIN_DOCUMENTS} documents or more; the "
-                f"smallest is {least['domain']!r}, got {least['documents']}: add documents, or "
-                "leave it out of `domains`.",
+                f"smallest is '{markdown_text(least['domain'])}', got {least['documents']}: add "
+                "documents, or leave it out of `domains`.",
             )
         ],
     )
@@ -276,8 +317,10 @@ def live_documents(
     tokenizer, or what is measured changes.
     """
     plans = project.scorer_plans(PoolTokenizer.from_dict(tokenizer))
-    spec = project.pool_spec(project.settings.live_path, tokenizer["domains"])
-    found = profile(project, spec, plans, context.log.info, "live_pool")
+    pool = pool_of_run(context, project.settings)
+    spec = project.pool_spec(pool.location, tokenizer["domains"])
+    quarantine = pool.folder("quarantine", "live_pool.parquet")
+    found = profile(project, spec, plans, context.log.info, quarantine)
     return dg.MaterializeResult(
         value=found.documents,
         data_version=dg.DataVersion(content_digest(found.documents)),
@@ -317,14 +360,17 @@ def live_covariates(
     values_DP = measure_covariates(live_documents, domains, names)
     frame = describe_domains(live_documents, domains).hstack(pl.DataFrame(values_DP, schema=names))
     missing = [name for name in wanted if not np.isfinite(frame[name].to_numpy()).all()]
-    shown = ["domain", "documents", "tokens", "natural_share", *wanted]
+    shown = ["documents", "tokens", "natural_share", *wanted]
     return dg.MaterializeResult(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "tokens": float(frame["tokens"].sum()),
             "normaliser": scale.version,
-            "covariates": markdown_table(frame.select(shown).to_dicts()),
+            "covariates": by_domain_table(
+                domains, {name: frame[name].to_list() for name in shown}, "covariate"
+            ),
+            **live_covariates_lineage(frame, live_documents),
         },
         check_results=[
             dg.AssetCheckResult(
@@ -356,6 +402,7 @@ def describe_domains(documents: pl.DataFrame, domains: Sequence[str]) -> pl.Data
 
 @dg.asset(dagster_type=VALUES, group_name="live", kinds={"python"}, code_version="1")
 def live_changes(
+    context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
     tokenizer: dict,
     normaliser: dict,
@@ -366,7 +413,7 @@ def live_changes(
     A move is told in standard deviations over the experiment's states, with its standard error.
     Stale when the live documents change.
     """
-    before = profile_before(project, live_documents)
+    before = profile_before(pool_of_run(context, project.settings), live_documents)
     if before is None:
         value: dict = {"documents": [], "covariates": []}
         return dg.MaterializeResult(
@@ -390,7 +437,6 @@ def live_changes(
     moves, moved = change.to_frame(), change.moved()
     value = {"documents": change.documents.to_dicts(), "covariates": moves.to_dicts()}
     used = moves.filter(pl.col("covariate").is_in(list(project.settings.covariates)))
-    picture = base64.b64encode(moves_plot(used).encode()).decode()
     counted = ["domain", "documents_in", "documents_out", "documents_kept"]
     return dg.MaterializeResult(
         value=value,
@@ -403,20 +449,18 @@ def live_changes(
             "largest moves": markdown_table(
                 moved.select("domain", "covariate", "before", "after", "z").to_dicts()
             ),
-            "moves of the covariates in use": dg.MetadataValue.md(
-                f"![moves](data:image/svg+xml;base64,{picture})"
-            ),
+            "moves of the covariates in use": svg_picture(moves_plot(used), "moves"),
         },
     )
 
 
-def profile_before(project: Project, live_documents: pl.DataFrame) -> pl.DataFrame | None:
+def profile_before(pool: LivePool, live_documents: pl.DataFrame) -> pl.DataFrame | None:
     """The profile that stood before this one, and remember this one; None for the first.
 
     Asked again with the same documents, it answers the same.
     """
-    newest = project.folder("history", "newest_profile.parquet")
-    before = project.folder("history", "profile_before.parquet")
+    newest = pool.folder("history", "newest_profile.parquet")
+    before = pool.folder("history", "profile_before.parquet")
     if not newest.is_file():
         write_value(newest, live_documents)
         return None

@@ -8,9 +8,16 @@ import polars as pl
 
 from causalmix_pipeline.adapters.experiment import collect_runs
 from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.assets.column_lineage import run_table_lineage
 from causalmix_pipeline.assets.design import design_of, domains_of, specs_of, state_values
 from causalmix_pipeline.assets.imported import join_imported
-from causalmix_pipeline.assets.pictures import loss_curves, markdown_table, svg_picture
+from causalmix_pipeline.assets.pictures import (
+    histogram,
+    loss_curves,
+    markdown_table,
+    number,
+    svg_picture,
+)
 from causalmix_pipeline.assets.plan import refuse_over_budget
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
@@ -152,7 +159,6 @@ def collect_proxy_runs(
     """Read the records of all proxy runs of the design, in its order."""
     records = read_records(project, specs_of(project, mixture_design))
     frame = records_frame(records, mixture_design)
-    shown = [name for name in frame.columns if name.startswith("bits_per_byte__")]
     context.log.info(f"proxy runs trained: {trained['trained']}")
     version = content_digest(frame.drop("cpu_seconds"))
     context.set_data_version(dg.AssetKey("proxy_runs"), dg.DataVersion(version))
@@ -163,23 +169,54 @@ def collect_proxy_runs(
             "trained now": float(trained["trained"]),
             "diverged": float(frame["diverged"].sum()),
             "tokens per second": round(trained["tokens per second"], 1),
+            "CPU seconds a run": number(float(frame["cpu_seconds"].mean())),  # pyright: ignore[reportArgumentType]
+            "outcomes": markdown_table(outcome_rows(frame)),
             "most epochs that a run read": markdown_table(
                 most_epochs(records, domains_of(mixture_design))
             ),
-            "CPU seconds a run": float(frame["cpu_seconds"].mean()),  # pyright: ignore[reportArgumentType]
-            "bits per byte": markdown_table(
-                [
-                    {
-                        "task": name.removeprefix("bits_per_byte__"),
-                        "best": frame[name].min(),
-                        "median": frame[name].median(),
-                        "worst": frame[name].max(),
-                    }
-                    for name in shown
-                ]
+            "loss of the last runs": svg_picture(
+                loss_curves([record.train_loss for record in records[-SHOWN_RUNS:]]), "losses"
             ),
         },
     )
+
+
+def outcome_rows(proxy_runs: pl.DataFrame) -> list[dict]:
+    """A row per task: best, middle and worst loss, or score of questions, and the noise of seeds.
+
+    The noise is the standard deviation of runs of one pair of state and mixture.
+    """
+    rows = []
+    for name in proxy_runs.columns:
+        column, _, task = name.partition("__")
+        values = proxy_runs[name].drop_nulls() if column in OUTCOME_COLUMNS else pl.Series()
+        if column == "nats_per_token" or not values.len():
+            continue
+        ends = [float(values.min()), float(values.max())]  # pyright: ignore[reportArgumentType]
+        best, worst = reversed(ends) if column == "score" else ends
+        rows.append(
+            {
+                "task": task,
+                "of": "score" if column == "score" else "bits/byte",
+                "best": best,
+                "median": float(values.median()),  # pyright: ignore[reportArgumentType]
+                "worst": worst,
+                "seed sd": seed_sd(proxy_runs, name),
+                "least to largest": histogram(values.to_list(), *ends, cells=10),
+            }
+        )
+    return rows
+
+
+def seed_sd(proxy_runs: pl.DataFrame, outcome: str) -> float | None:
+    """Standard deviation of an outcome over seeds, pooled over repeated pairs; None without any."""
+    cells = (
+        proxy_runs.drop_nulls(outcome)
+        .group_by("cell")
+        .agg(n=pl.len() - 1, square=((pl.col(outcome) - pl.col(outcome).mean()) ** 2).sum())
+    )
+    freedom, square = int(cells["n"].sum()), float(cells["square"].sum())
+    return (square / freedom) ** 0.5 if freedom else None
 
 
 def read_records(project: Project, specs: Sequence[ProxySpec]) -> list[ProxyRecord]:
@@ -346,6 +383,27 @@ def run_table(
             "left out (diverged or without an outcome)": float(left_out),
             "pool states": float(runs.n_states),
             "covariates a domain": float(len(runs.covariates)),
+            "runs by source": markdown_table(
+                [
+                    {"source": source, "runs": runs.sources_of_runs.count(source)}
+                    for source in runs.sources
+                ]
+            ),
+            "outcomes, larger is better": markdown_table(
+                [
+                    {
+                        "task": task,
+                        "least": float(outcome_N.min()),
+                        "median": float(np.median(outcome_N)),
+                        "largest": float(outcome_N.max()),
+                        "least to largest": histogram(
+                            outcome_N.tolist(), float(outcome_N.min()), float(outcome_N.max())
+                        ),
+                    }
+                    for task, outcome_N in zip(runs.tasks, runs.outcome_NT.T, strict=True)
+                ]
+            ),
             **found,
+            **run_table_lineage(runs, proxy_runs),
         },
     )

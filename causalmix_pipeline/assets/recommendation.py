@@ -13,14 +13,17 @@ from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
 from causalmix_pipeline.adapters.estimators import fit_chosen
 from causalmix_pipeline.adapters.exporter import Export, write_export
 from causalmix_pipeline.adapters.sealed_frames import content_digest
-from causalmix_pipeline.assets.pictures import markdown_table, share_bars
-from causalmix_pipeline.core.belief import TOP_UP_RUNS, Overlap, reach_of
+from causalmix_pipeline.assets.column_lineage import baselines_lineage, export_lineage
+from causalmix_pipeline.assets.pictures import bar, by_domain_table, markdown_table
+from causalmix_pipeline.assets.recommendation_metadata import recommendation_metadata
+from causalmix_pipeline.core.belief import Overlap, reach_of
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
 from causalmix_pipeline.core.gain_calibration import read_calibration
-from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.policy import Constraints, Recommendation, recommend, weighted_gain
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.top_up import plan_top_up, stack_top_ups
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
+from causalmix_pipeline.resources.live_pools import pool_of_run
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 
@@ -81,7 +84,14 @@ def baseline_mixtures(
     return dg.MaterializeResult(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
-        metadata={"shares": markdown_table(frame.to_dicts())},
+        metadata={
+            "shares": by_domain_table(
+                runs.domains,
+                {name: frame[name].to_list() for name in frame.columns[1:]},
+                "mixture",
+            ),
+            **baselines_lineage(frame, runs, settings.policy.reference),
+        },
         check_results=[
             simplex_check("baselines_sum_to_one", [frame[name].to_numpy() for name in mixtures])
         ],
@@ -175,33 +185,27 @@ def describe_tasks(
     ]
 
 
-def top_up_plan(reach: Overlap, domains: Sequence[str], seed: int) -> list[dict]:
-    """Proxy runs of the live pool's own state that would settle what can't be told now."""
-    if reach.verdict == "supported":
-        return []
-    mixture_MD = dirichlet_design(
-        TOP_UP_RUNS, len(domains), strength_range=(0.4, 3.0), seed=seed + 1
-    )
-    return [
-        {f"share__{domain}": float(share) for domain, share in zip(domains, row, strict=True)}
-        for row in mixture_MD
-    ]
-
-
 def choose_mixture(
     settings: Settings,
     runs: RunTable,
     cate_model: dict,
     live_covariates: pl.DataFrame,
     baselines: pl.DataFrame,
+    top_up_runs: pl.DataFrame,
 ) -> dict:
-    """The recommendation with all that explains it, as plain values."""
+    """The recommendation with all that explains it, as plain values.
+
+    The effect model is conditioned on the top-up runs; nothing is chosen or searched again.
+    """
+    runs = stack_top_ups(runs, top_up_runs)
     domains, weights_T = runs.domains, weights_of(settings, runs)
     chosen = cate_model["chosen"]
     calibration = read_calibration(cate_model["calibration"])
     kept = (settings.seed, cate_model["parameters"], calibration)
     estimator = fit_chosen(runs, chosen, *kept)
-    reach = reach_of(runs, live_covariates.select(runs.covariates).to_numpy())
+    live_DP = live_covariates.select(runs.covariates).to_numpy()
+    reach = reach_of(runs, live_DP)
+    planned = plan_top_up(reach, runs, top_up_runs, live_DP, seed=settings.seed)
     state_DP, reference_D = reach.edge_DP, baselines["reference"].to_numpy()
     constraints = constraints_of(settings, live_covariates, reference_D)
     constraints = constraints.doubted(reach.doubt, domains)
@@ -265,16 +269,11 @@ def choose_mixture(
         "unconstrained": choice.unconstrained_D.tolist(),
         "unconstrained_gain": known(choice.unconstrained_gain),
         "budget_tokens": constraints.budget_tokens,
-        "top_up": top_up_plan(reach, domains, settings.seed),
+        "top_up": [
+            {f"share__{d}": share for d, share in zip(domains, mixture_D.tolist(), strict=True)}
+            for mixture_D in planned.values()
+        ],
     }
-
-
-def mixture_rows(value: dict) -> list[dict]:
-    """A row per domain, a column per mixture, for a table."""
-    return [
-        {"domain": domain} | {name: shares[d] for name, shares in value["mixtures"].items()}
-        for d, domain in enumerate(value["domains"])
-    ]
 
 
 @dg.asset(
@@ -302,12 +301,14 @@ def recommended_mixture(
     live_covariates: pl.DataFrame,
     baseline_mixtures: pl.DataFrame,
     run_table: pl.DataFrame,
+    top_up_runs: pl.DataFrame,
     cate_model: dict,
 ) -> dg.MaterializeResult:
     """The mixture to train the live pool on, what it's expected to gain, and how sure that is.
 
     Gains are in bits per byte over the reference mixture, with 90% intervals. No proxy is trained
-    for it. Stale when the live covariates, the effect model, task weights or the policy change.
+    for it. Stale when the live covariates, the effect model, top-up runs, task weights or the
+    policy change.
     """
     value = choose_mixture(
         project.settings,
@@ -315,26 +316,14 @@ def recommended_mixture(
         cate_model,
         live_covariates,
         baseline_mixtures,
+        top_up_runs,
     )
     best = value["mixtures"]["recommended"]
     reached = value["verdict"] != "unsupported"
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(value)),
-        metadata={
-            **({} if value["gain"] is None else {"gain": dg.MetadataValue.float(value["gain"])}),
-            "verdict": value["verdict"],
-            **(
-                {"guard rails": "forbid whatever is better than the reference"}
-                if value["only_reference"]
-                else {}
-            ),
-            "overlap score (supported up to 1)": dg.MetadataValue.float(value["overlap_score"]),
-            "recommended": share_bars(dict(zip(value["domains"], best, strict=True))),
-            "beside the baselines": markdown_table(mixture_rows(value)),
-            "gains over the reference": markdown_table(value["gains"]),
-            **{f"share of {d}": s for d, s in zip(value["domains"], best, strict=True)},
-        },
+        metadata=recommendation_metadata(value),
         check_results=[
             simplex_check("mixture_sums_to_one", [np.array(best)]),
             dg.AssetCheckResult(
@@ -349,14 +338,17 @@ def recommended_mixture(
 
 @dg.asset(dagster_type=FRAME, group_name="recommendation", kinds={"parquet"}, code_version="1")
 def training_export(
-    project: dg.ResourceParam[Project], recommended_mixture: dict, live_documents: pl.DataFrame
+    context: dg.AssetExecutionContext,
+    project: dg.ResourceParam[Project],
+    recommended_mixture: dict,
+    live_documents: pl.DataFrame,
 ) -> dg.MaterializeResult:
     """One row per document to train on, and how often: the recommended mixture made exact.
 
     Also written as `mixture.json` and `manifest.parquet` into `data/export`. Stale when the
     recommended mixture or the live documents change.
     """
-    folder = project.folder("export")
+    folder = pool_of_run(context, project.settings).folder("export")
     export = write_export(
         folder,
         mixture=recommended_mixture["mixtures"]["recommended"],
@@ -378,6 +370,7 @@ def training_export(
             "documents": float(manifest.height),
             "tokens": float((manifest["n_tokens"] * manifest["copies"]).sum()),
             "domains": markdown_table(export_rows(export)),
+            **export_lineage(manifest),
             "folder": dg.MetadataValue.path(str(folder)),
         },
     )
@@ -386,12 +379,14 @@ def training_export(
 def export_rows(export: Export) -> list[dict]:
     """Share, tokens and epochs of each domain, as exported."""
     told = export.to_dict()
+    most = max(told["weights"].values())
     return [
         {
             "domain": domain,
             "share": told["weights"][domain],
             "tokens": told["tokens"][domain],
             "epochs": round(told["epochs"][domain], 3),
+            "by tokens": bar(told["weights"][domain] / most),
         }
         for domain in export.domains
     ]

@@ -11,9 +11,12 @@ from causalmix_pipeline.adapters.report_html import ReportData, write_report
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.interpretation import live_interpretation
 from causalmix_pipeline.assets.recommendation import weights_of
+from causalmix_pipeline.assets.recommendation_metadata import in_short
 from causalmix_pipeline.core.belief import UNSUPPORTED_FACTOR
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.top_up import stack_top_ups
 from causalmix_pipeline.resources.frame_store import VALUES
+from causalmix_pipeline.resources.live_pools import pool_of_run
 from causalmix_pipeline.resources.project import Project
 
 
@@ -94,8 +97,11 @@ def report_data(
     signal: pl.DataFrame,
     interpretation: Interpretation | None = None,
     beliefs: Beliefs | None = None,
+    stacked: RunTable | None = None,
 ) -> ReportData:
-    """Everything the report shows."""
+    """Everything the report shows; `stacked` is the run table with its top-ups, if it has some."""
+    stacked = stacked or runs
+    n_top_ups = stacked.n_runs - runs.n_runs
     slack_schema = {
         "constraint": pl.String,
         "value": pl.Float64,
@@ -114,13 +120,14 @@ def report_data(
         gains=rows_frame(recommended["gains"]),
         task_gains=rows_frame(recommended["task_gains"]),
         slack=pl.DataFrame(recommended["slack"], schema=slack_schema),
-        covariates=covariate_rows(live_covariates, runs),
+        covariates=covariate_rows(live_covariates, stacked),
         predictions=prediction_rows(runs, cate_model),
         estimators=rows_frame(cate_model["scores"]),
         signal=signal,
         provenance={
             "proxy runs": str(runs.n_runs),
             "pool states": str(runs.n_states),
+            **({"top-up runs": str(n_top_ups)} if n_top_ups else {}),
             "recommended mixture": content_digest(dict(recommended))[:16],
             "live covariates": content_digest(live_covariates)[:16],
             "run table": content_digest(runs.to_frame())[:16],
@@ -136,10 +143,12 @@ def report_data(
 
 @dg.asset(dagster_type=VALUES, group_name="recommendation", kinds={"html"}, code_version="2")
 def report(
+    context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
     recommended_mixture: dict,
     live_covariates: pl.DataFrame,
     run_table: pl.DataFrame,
+    top_up_runs: pl.DataFrame,
     cate_model: dict,
     cate_checks: dict,
     cate_interpretation: dict,
@@ -152,9 +161,10 @@ def report(
     changes.
     """
     runs = RunTable.from_frame(run_table)
+    stacked = stack_top_ups(runs, top_up_runs)
     signal = signal_rows(cate_checks, proxy_runs, eval_tasks)
     interpretation = live_interpretation(
-        runs,
+        stacked,
         cate_model,
         cate_interpretation,
         recommended_mixture,
@@ -169,14 +179,20 @@ def report(
         signal,
         interpretation,
         beliefs_of(cate_checks),
+        stacked,
     )
-    path = write_report(project.folder("reports", "report.html"), data)
+    page = pool_of_run(context, project.settings).folder("reports", "report.html")
+    path = write_report(page, data)
     value = {"path": str(path), "recommended_mixture": content_digest(recommended_mixture)}
     return dg.MaterializeResult(
         value=value,
         data_version=dg.DataVersion(content_digest(path.read_text(encoding="utf-8").split("\n"))),
         metadata={
-            "report": dg.MetadataValue.url(path.as_uri()),
+            "in short": in_short(recommended_mixture),
+            # Not a link: browsers follow none from a served page to a file.
+            "report (a click copies the address; paste it into a new tab)": dg.MetadataValue.path(
+                path.as_uri()
+            ),
             "file": dg.MetadataValue.path(str(path)),
             "kilobytes": round(path.stat().st_size / 1000, 1),
         },

@@ -24,13 +24,16 @@ from causalmix_pipeline.assets.proxy import (
     train_watched,
     training_figures,
 )
+from causalmix_pipeline.assets.small_pictures import Interval, interval_picture
 from causalmix_pipeline.core.design import Design
+from causalmix_pipeline.core.effects import Z90
 from causalmix_pipeline.core.pool_state import Membership
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxySpec
 from causalmix_pipeline.core.tasks import outcome_of
 from causalmix_pipeline.resources.frame_store import FRAME
+from causalmix_pipeline.resources.live_pools import LivePool, pool_of_run
 from causalmix_pipeline.resources.project import Project
 
 #: Seeds of each mixture; enough for a standard error.
@@ -55,9 +58,9 @@ def validation_config(project: Project, tokens_hash: str) -> ProxyConfig | Pretr
 
 
 def keep_live_pool(
-    project: Project, tokenizer: dict, live_documents: pl.DataFrame
+    project: Project, pool: LivePool, tokenizer: dict, live_documents: pl.DataFrame
 ) -> tuple[str, str]:
-    """Keep the live pool as a pool state for the workers.
+    """Keep a live pool as a pool state for the workers.
 
     Returns:
         The state's hash and its token store's.
@@ -66,7 +69,7 @@ def keep_live_pool(
         PoolError: if the pool's files changed since they were profiled.
     """
     domains = tokenizer["domains"]
-    spec = project.pool_spec(project.settings.live_path, domains)
+    spec = project.pool_spec(pool.location, domains)
     model = pretrained_folder(project)
     if model is None:
         tokens_hash = write_token_store(
@@ -155,7 +158,8 @@ def validation_runs(
     Trained on request only (job `validate`), on the recommended mixture and on each baseline.
     Stale when the recommended mixture changes; never re-materialised by itself.
     """
-    state_hash, tokens_hash = keep_live_pool(project, tokenizer, live_documents)
+    pool = pool_of_run(context, project.settings)
+    state_hash, tokens_hash = keep_live_pool(project, pool, tokenizer, live_documents)
     mixtures = recommended_mixture["mixtures"]
     specs = validation_specs(
         project,
@@ -188,7 +192,26 @@ def validation_runs(
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "trained now": float(progress.total),
-            "gains": markdown_table(frame.to_dicts()),
+            "realised (dot, 90% interval)": interval_picture(
+                [
+                    Interval(row["mixture"], gain, gain - Z90 * error, gain + Z90 * error)
+                    for row in frame.iter_rows(named=True)
+                    for gain, error in [(row["realised_gain"], row["realised_se"])]
+                ],
+                "realised gains",
+            ),
+            "gains over the reference, bits per byte": markdown_table(
+                [
+                    {
+                        "mixture": row["mixture"],
+                        "predicted": row["predicted_gain"],
+                        "realised": row["realised_gain"],
+                        "± se": row["realised_se"],
+                        "loss": row["bits_per_byte"],
+                    }
+                    for row in frame.iter_rows(named=True)
+                ]
+            ),
             **training_figures(progress, tokenizer["domains"]),
         },
     )

@@ -6,16 +6,17 @@ over what waits there. Neither starts a run.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
-from upath import UPath
 
-from causalmix_pipeline.adapters.blobs import root_of
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value
+from causalmix_pipeline.automation.partitions import OF_A_POOL
+from causalmix_pipeline.automation.staleness import last_made
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.resources.alert_channels import AlertLog, deliver_waiting, now, plain
+from causalmix_pipeline.resources.frame_store import value_path
 from causalmix_pipeline.resources.observation import DATA_VERSION_TAG
 from causalmix_pipeline.resources.settings import Settings
 
@@ -72,18 +73,19 @@ def run_alert(settings: Settings, run: dg.DagsterRun, message: str, steps: Mappi
         message: what Dagster says of the failure.
         steps: error of each failed step, by its name.
     """
-    failed = f" in {', '.join(steps)}" if steps else ""
+    failed, pool = f" in {', '.join(steps)}" if steps else "", run.tags.get("dagster/partition")
     return make_alert(
         settings,
         "run_failure",
         run.run_id,
-        f"Run {run.run_id} of {_job_name(run)} failed{failed}.",
+        f"Run {run.run_id} of {_job_name(run)}{_of(pool)} failed{failed}.",
         run_id=run.run_id,
         details={
             "job": _job_name(run),
             "assets": sorted(key.to_user_string() for key in run.asset_selection or ()),
             "message": message,
             "errors": dict(steps),
+            **_named(pool),
         },
     )
 
@@ -120,6 +122,7 @@ def check_alerts(
     Returns:
         The alerts, and the newest ids.
     """
+    from dagster._core.event_api import PartitionKeyFilter
     from dagster._core.storage.asset_check_execution_record import (
         COMPLETED_ASSET_CHECK_EXECUTION_RECORD_STATUSES as COMPLETED,
     )
@@ -127,35 +130,58 @@ def check_alerts(
     alerts: list[dict[str, Any]] = []
     newest: dict[str, int] = {}
     for key in sorted(checks, key=_name_of):
-        name = _name_of(key)
-        records = instance.event_log_storage.get_asset_check_execution_history(
-            key, limit=_RESULTS_READ, status=COMPLETED
-        )
-        newest[name] = records[0].id if records else 0
-        if seen is None:
-            continue
-        before = ""
-        for record in reversed(records):
-            result = record.evaluation
-            state = "" if result is None or result.passed else result.severity.value
-            if state not in ("", before) and before != "ERROR" and record.id > seen.get(name, 0):
-                alerts.append(_check_alert(settings, record.run_id, record.id, result))
-            before = state
+        for pool in settings.live_pools if key.asset_key.path[-1] in OF_A_POOL else [None]:
+            name = _name_of(key, pool)
+            records = instance.event_log_storage.get_asset_check_execution_history(
+                key,
+                limit=_RESULTS_READ,
+                status=COMPLETED,
+                partition_filter=None if pool is None else PartitionKeyFilter(key=pool),
+            )
+            newest[name] = records[0].id if records else 0
+            if seen is not None:
+                alerts += _turned(settings, records, pool, after=seen.get(name, 0))
     return alerts, newest
 
 
-def _name_of(key: dg.AssetCheckKey) -> str:
-    return f"{key.asset_key.to_user_string()}/{key.name}"
+def _turned(
+    settings: Settings, records: Sequence[Any], pool: str | None, *, after: int
+) -> Iterator[dict[str, Any]]:
+    """The alerts of results that are worse than the one before, newest results first."""
+    before = ""
+    for record in reversed(records):
+        result = record.evaluation
+        state = "" if result is None or result.passed else result.severity.value
+        if state not in ("", before) and before != "ERROR" and record.id > after:
+            yield _check_alert(settings, record.run_id, record.id, result, pool)
+        before = state
 
 
-def _check_alert(settings: Settings, run_id: str, number: int, result: Any) -> dict[str, Any]:
+def _name_of(key: dg.AssetCheckKey, pool: str | None = None) -> str:
+    name = f"{key.asset_key.to_user_string()}/{key.name}"
+    return name if pool is None else f"{name}@{pool}"
+
+
+def _of(pool: str | None) -> str:
+    """A live pool's name in a sentence; nothing with one pool."""
+    return "" if pool is None else f" for the live pool {pool}"
+
+
+def _named(pool: str | None) -> dict[str, str]:
+    """A live pool's name in an alert's details; nothing with one pool."""
+    return {} if pool is None else {"live_pool": pool}
+
+
+def _check_alert(
+    settings: Settings, run_id: str, number: int, result: Any, pool: str | None
+) -> dict[str, Any]:
     asset = result.asset_key.to_user_string()
     severity = "an error" if result.severity == dg.AssetCheckSeverity.ERROR else "a warning"
     return make_alert(
         settings,
         "check_failure",
         f"{asset}/{result.check_name}:{run_id}:{number}",
-        f"The check {result.check_name} of {asset} failed, {severity}.",
+        f"The check {result.check_name} of {asset} failed{_of(pool)}, {severity}.",
         run_id=run_id or None,
         asset=asset,
         check=result.check_name,
@@ -163,27 +189,31 @@ def _check_alert(settings: Settings, run_id: str, number: int, result: Any) -> d
             "severity": result.severity.value,
             "description": result.description,
             "metadata": {label: value.value for label, value in result.metadata.items()},
+            **_named(pool),
         },
     )
 
 
 def verdict_alert(
-    settings: Settings, instance: dg.DagsterInstance, seen: Mapping[str, Any] | None
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    seen: Mapping[str, Any] | None,
+    pool: str | None = None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Find out whether the newest recommendation's verdict turned for the worse.
+    """Find out whether the verdict of a pool's newest recommendation turned for the worse.
 
     Args:
         settings: where the recommendation is stored, and whether alerts are to be sent.
         instance: keeps the materialisations.
         seen: `id` and `verdict` of the last look; None at the first, which alerts of nothing.
+        pool: name of the live pool, where there are several.
 
     Returns:
         The alert, if there is one, and what was seen.
     """
-    records = instance.fetch_materializations(MIXTURE, limit=1).records
-    if not records or (seen and records[0].storage_id == seen["id"]):
+    record = last_made(instance, MIXTURE, pool)
+    if record is None or (seen and record.storage_id == seen["id"]):
         return None, dict(seen or {"id": 0, "verdict": None})
-    record = records[0]
     event = record.asset_materialization
     assert event is not None
     told = event.metadata.get("verdict")
@@ -192,32 +222,37 @@ def verdict_alert(
     before = seen["verdict"] if seen else verdict
     if verdict not in BAD_VERDICTS or verdict == before:
         return None, found
-    details = _top_up(settings, (event.tags or {}).get(DATA_VERSION_TAG))
+    details = _top_up(settings, (event.tags or {}).get(DATA_VERSION_TAG), pool)
     n_runs = len(details["top_up"] or ())
     offer = f"; the top-up plan has {n_runs} proxy runs that would settle it" if n_runs else ""
     alert = make_alert(
         settings,
         "verdict",
         f"{record.run_id}:{record.storage_id}",
-        f"The verdict of {MIXTURE.to_user_string()} turned from {before or 'none'} to {verdict}: "
+        f"The verdict of {MIXTURE.to_user_string()}{_of(pool)} turned from {before or 'none'} to "
+        f"{verdict}: "
         f"{BAD_VERDICTS[verdict]}{offer}.",
         run_id=record.run_id or None,
         asset=MIXTURE.to_user_string(),
-        details={"before": before, "verdict": verdict} | details,
+        details={"before": before, "verdict": verdict} | _named(pool) | details,
     )
     return alert, found
 
 
-def _top_up(settings: Settings, version: str | None) -> dict[str, Any]:
+def _top_up(settings: Settings, version: str | None, pool: str | None) -> dict[str, Any]:
     """The top-up plan of the recommendation of a data version, or why it can't be told."""
-    name = f"{MIXTURE.path[-1]}.parquet"
     try:
-        value = read_value(UPath(root_of(settings.assets_root)) / name)
+        value = read_value(value_path(settings.assets_root, MIXTURE, pool))
     except (OSError, PoolError) as error:
         return {"top_up": None, "top_up_missing": f"the recommendation can't be read: {error}"}
     if version is not None and content_digest(value) != version:
         return {"top_up": None, "top_up_missing": "a newer recommendation is being stored"}
     return {"overlap_score": value["overlap_score"], "top_up": value["top_up"]}
+
+
+def _verdict_name(pool: str | None) -> str:
+    """Under which the cursor keeps a pool's verdict."""
+    return "verdict" if pool is None else f"verdict@{pool}"
 
 
 def look_for_alerts(
@@ -241,10 +276,13 @@ def look_for_alerts(
     log = alert_log(settings)
     found, newest = check_alerts(settings, instance, checks, seen.get("checks"))
     n_written = sum(log.write(alert) for alert in found)
-    turned, verdict = verdict_alert(settings, instance, seen.get("verdict"))
-    n_written += turned is not None and log.write(turned)
+    verdicts, new = {}, {"id": 0, "verdict": None} if seen else None
+    for pool in settings.live_pools:
+        name = _verdict_name(pool)
+        turned, verdicts[name] = verdict_alert(settings, instance, seen.get(name, new), pool)
+        n_written += turned is not None and log.write(turned)
     offset, problems = deliver_waiting(log, settings, seen.get("offset", 0))
-    new_cursor = json.dumps({"checks": newest, "verdict": verdict, "offset": offset})
+    new_cursor = json.dumps({"checks": newest, **verdicts, "offset": offset})
     return new_cursor, f"New alerts: {n_written}.", problems
 
 

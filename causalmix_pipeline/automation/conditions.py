@@ -2,17 +2,23 @@
 
 import dagster as dg
 
-#: Everything that a change of the live pool reaches by itself, and nothing that trains a proxy.
+#: Everything that a change of the live pool reaches by itself, and nothing that trains a proxy:
+#: `top_up_runs` only collects, unless its run carries a tag.
 LIVE_SIDE_NAMES = (
     "live_documents",
     "live_covariates",
     "live_changes",
+    "top_up_runs",
     "baseline_mixtures",
     "recommended_mixture",
     "training_export",
     "report",
 )
 LIVE_SIDE = dg.AssetSelection.assets(*LIVE_SIDE_NAMES)
+
+#: Tags of its runs: after a day one hangs, and is ended. Training may take as long as the instance
+#: allows, a week.
+LIVE_RUN_TAGS = {"dagster/max_runtime": "86400"}
 
 #: Early cut-off: an asset follows the data version of its inputs, not the fact that they ran.
 #: Plain `eager()` also fires when an input was materialised again with the same content.
@@ -21,6 +27,23 @@ FOLLOW_DATA = (
         "any_deps_updated",
         dg.AutomationCondition.any_deps_match(dg.AutomationCondition.data_version_changed()),
     )
+    & dg.AutomationCondition.all_deps_blocking_checks_passed()
+)
+
+#: As above, and made once where it's missing when it is first seen. A project of an earlier version
+#: lacks such an asset, and what is below would wait until the pool changes.
+FOLLOW_DATA_FROM_THE_START = (
+    dg.AutomationCondition.in_latest_time_window()
+    & (
+        dg.AutomationCondition.newly_missing()
+        | dg.AutomationCondition.any_deps_match(dg.AutomationCondition.data_version_changed())
+    ).since(
+        # `eager()` has a third one here, the first look.
+        dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()
+    )
+    & ~dg.AutomationCondition.any_deps_missing()
+    & ~dg.AutomationCondition.any_deps_in_progress()
+    & ~dg.AutomationCondition.in_progress()
     & dg.AutomationCondition.all_deps_blocking_checks_passed()
 )
 
@@ -42,6 +65,8 @@ def condition_of(name: str) -> dg.AutomationCondition | None:
     """The condition of an asset, None off the live side."""
     if name not in LIVE_SIDE_NAMES:
         return None
+    if name == "top_up_runs":
+        return FOLLOW_DATA_FROM_THE_START
     return FOLLOW_SETTLED_DATA if name in _READ_BY_OTHERS else FOLLOW_DATA
 
 

@@ -2,8 +2,10 @@
 
 import dagster as dg
 
-from causalmix_pipeline.automation.conditions import LIVE_SIDE
+from causalmix_pipeline.assets.top_ups import TOP_UP_TAG
+from causalmix_pipeline.automation.conditions import LIVE_RUN_TAGS, LIVE_SIDE
 from causalmix_pipeline.automation.staleness import stale_assets
+from causalmix_pipeline.resources.live_pools import live_pools, settle_partitions
 from causalmix_pipeline.resources.observation import (
     EXPERIMENT_POOL,
     LIVE_POOL,
@@ -19,6 +21,9 @@ EXPERIMENT_SIDE = dg.AssetSelection.groups("experiment", "effects") - COVARIATE_
 
 VALIDATION = dg.AssetSelection.assets("validation_runs")
 
+#: What a top-up trains and reaches; the baselines rest on the experiment's own runs alone.
+TOP_UP = dg.AssetSelection.assets("top_up_runs", "recommended_mixture", "training_export", "report")
+
 experiment_job = dg.define_asset_job(
     "experiment",
     selection=EXPERIMENT_SIDE,
@@ -27,6 +32,7 @@ experiment_job = dg.define_asset_job(
 refresh_job = dg.define_asset_job(
     "refresh",
     selection=LIVE_SIDE,
+    tags=LIVE_RUN_TAGS,
     description="Profiles the live pool and recommends a mixture; trains no proxy.",
 )
 choose_covariates_job = dg.define_asset_job(
@@ -38,6 +44,14 @@ validate_job = dg.define_asset_job(
     "validate",
     selection=VALIDATION,
     description="Trains a larger model on the recommended mixture and on each baseline.",
+)
+
+top_up_job = dg.define_asset_job(
+    "top_up",
+    selection=TOP_UP,
+    tags={TOP_UP_TAG: "yes"},
+    description="Trains the top-up plan of the recommended mixture at the live pool's present "
+    "state, if it has one, and recommends again.",
 )
 
 
@@ -58,10 +72,10 @@ def adopt_experiment_pool() -> None:
 
 
 def make_refresh_schedule(settings: Settings, get_defs) -> dg.ScheduleDefinition:
-    """A daily look at the live pool that starts `refresh` for what is stale, and else nothing.
+    """A daily look at the live pools that starts `refresh` for what is stale, and else nothing.
 
     Args:
-        settings: where the pool is, and the hour.
+        settings: where the pools are, and the hour.
         get_defs: returns the definitions the schedule is part of.
     """
 
@@ -74,11 +88,24 @@ def make_refresh_schedule(settings: Settings, get_defs) -> dg.ScheduleDefinition
         description="Once a day: whatever on the live side is stale.",
     )
     def daily_refresh(context: dg.ScheduleEvaluationContext):
-        observe_pool(context.instance, settings, LIVE_POOL)
-        found = stale_assets(get_defs(), context.instance, LIVE_SIDE)
-        if not found.reasons:
-            return dg.SkipReason("Nothing on the live side is stale.")
-        keys = [*found.reasons, *found.maybe]
-        return dg.RunRequest(asset_selection=keys)
+        settle_partitions(context.instance, settings)
+        problems: list[str] = []
+        requests: list[dg.RunRequest] = []
+        for pool in live_pools(settings):
+            try:
+                observe_pool(context.instance, settings, LIVE_POOL, pool.name)
+            except Exception as error:  # storage fails in many ways; the other pools go on
+                if pool.name is None:
+                    raise
+                problems.append(f"{pool.title} can't be read: {error}")
+                context.log.warning(problems[-1])
+                continue
+            found = stale_assets(get_defs(), context.instance, LIVE_SIDE, pool=pool.name)
+            if found.reasons:
+                keys = [*found.reasons, *found.maybe]
+                requests.append(dg.RunRequest(asset_selection=keys, partition_key=pool.name))
+        return requests or dg.SkipReason(
+            " ".join(["Nothing on the live side is stale.", *problems])
+        )
 
     return daily_refresh

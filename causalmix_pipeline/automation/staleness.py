@@ -3,6 +3,8 @@
 An asset is stale when it was never made, its code or settings changed (code version), or an input
 has another data version than the one it was made from. What lies below a stale asset is only
 perhaps stale: it waits until the asset is made, and stays as it is if the content didn't change.
+
+Where there are several live pools, all this is asked of one of them, by its name.
 """
 
 import threading
@@ -11,12 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import dagster as dg
+from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
 
 from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
 from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
 
 CODE_VERSION_TAG = "dagster/code_version"
 INPUT_VERSION_TAG = "dagster/input_data_version/"
+INPUT_EVENT_TAG = "dagster/input_event_pointer/"
 
 #: Runs made here tell their events to a function; the console would get hundreds of lines.
 QUIET_CONSOLE = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
@@ -55,11 +59,20 @@ def lineage(defs: dg.Definitions) -> dict[dg.AssetKey, frozenset[dg.AssetKey]]:
 
 
 def stale_assets(
-    defs: dg.Definitions, instance: dg.DagsterInstance, selection: dg.AssetSelection | None = None
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    selection: dg.AssetSelection | None = None,
+    *,
+    pool: str | None = None,
 ) -> Staleness:
     """Find what is stale within a selection (None: all), without running anything.
 
-    Assets outside of the selection count as they are.
+    Args:
+        defs: the definitions.
+        instance: keeps what was made.
+        selection: assets outside of it count as they are.
+        pool: name of the live pool that partitioned assets are looked at for; None passes over
+            these.
     """
     graph, parents = defs.resolve_asset_graph(), lineage(defs)
     chosen = set(parents) if selection is None else set(selection.resolve(graph))
@@ -68,7 +81,9 @@ def stale_assets(
     for key in parents:
         if key not in chosen or not graph.get(key).is_materializable:
             continue
-        reason = _why_stale(instance, key, graph.get(key).code_version, parents[key])
+        if pool is None and graph.get(key).is_partitioned:
+            continue
+        reason = _why_stale(instance, graph, key, pool)
         if reason:
             reasons[key] = reason
         elif parents[key] & (maybe | set(reasons)):
@@ -76,29 +91,75 @@ def stale_assets(
     return Staleness(reasons, frozenset(maybe))
 
 
-def _tags(instance: dg.DagsterInstance, key: dg.AssetKey) -> Mapping[str, str] | None:
-    event = instance.get_latest_materialization_event(key)
-    return event.asset_materialization.tags or {} if event and event.asset_materialization else None
+def last_made(
+    instance: dg.DagsterInstance, key: dg.AssetKey, pool: str | None, *, until: int | None = None
+) -> dg.EventLogRecord | None:
+    """The newest materialisation of an asset, or None.
+
+    Args:
+        instance: keeps the materialisations.
+        key: the asset.
+        pool: its partition; None for an asset without partitions.
+        until: storage id of the newest event that counts.
+    """
+    records = dg.AssetRecordsFilter(
+        key,
+        asset_partitions=None if pool is None else [pool],
+        before_storage_id=None if until is None else until + 1,
+    )
+    found = instance.fetch_materializations(records, limit=1).records
+    # What was made while it had partitions isn't there for an asset that has none.
+    return found[0] if found and found[0].partition_key == pool else None
+
+
+def _tags(
+    instance: dg.DagsterInstance,
+    key: dg.AssetKey,
+    pool: str | None = None,
+    *,
+    until: int | None = None,
+) -> Mapping[str, str] | None:
+    record = last_made(instance, key, pool, until=until)
+    return None if record is None else getattr(record.asset_materialization, "tags", None) or {}
+
+
+def _version(
+    instance: dg.DagsterInstance, key: dg.AssetKey, pool: str | None, *, until: int | None = None
+) -> str | None:
+    tags = _tags(instance, key, pool, until=until)
+    if tags is None:
+        return observed_version(instance, key, pool, until=until)
+    return tags.get(DATA_VERSION_TAG)
 
 
 def _why_stale(
-    instance: dg.DagsterInstance,
-    key: dg.AssetKey,
-    code_version: str | None,
-    parents: Iterable[dg.AssetKey],
+    instance: dg.DagsterInstance, graph: BaseAssetGraph, key: dg.AssetKey, pool: str | None
 ) -> str | None:
-    tags = _tags(instance, key)
+    node = graph.get(key)
+    tags = _tags(instance, key, pool if node.is_partitioned else None)
     if tags is None:
         return "never made"
-    if code_version and tags.get(CODE_VERSION_TAG) != code_version:
+    if node.code_version and tags.get(CODE_VERSION_TAG) != node.code_version:
         return "code or settings changed"
-    for parent in sorted(parents):
-        made_from = tags.get(INPUT_VERSION_TAG + parent.to_user_string())
-        above = _tags(instance, parent)
-        now = above.get(DATA_VERSION_TAG) if above else observed_version(instance, parent)
-        if now is not None and now != made_from:
+    for parent in sorted(node.parent_keys):
+        of = pool if graph.get(parent).is_partitioned else None
+        now = _version(instance, parent, of)
+        if now is not None and now != _made_from(instance, tags, parent, of):
             return f"{parent.to_user_string()} changed"
     return None
+
+
+def _made_from(
+    instance: dg.DagsterInstance, tags: Mapping[str, str], parent: dg.AssetKey, pool: str | None
+) -> str | None:
+    """The version of an input that an asset was made from.
+
+    Of a partitioned input Dagster keeps no version, but which event was its newest then.
+    """
+    if pool is None:
+        return tags.get(INPUT_VERSION_TAG + parent.to_user_string())
+    newest = tags.get(INPUT_EVENT_TAG + parent.to_user_string(), "")
+    return _version(instance, parent, pool, until=int(newest)) if newest.isdigit() else None
 
 
 def materialise(
@@ -106,6 +167,7 @@ def materialise(
     instance: dg.DagsterInstance,
     keys: Iterable[dg.AssetKey],
     *,
+    pool: str | None = None,
     tags: Mapping[str, str] | None = None,
     on_event: EventHandler | None = None,
     raise_on_error: bool = True,
@@ -116,6 +178,7 @@ def materialise(
         defs: the definitions.
         instance: where the run is recorded.
         keys: what to materialise, checks included.
+        pool: name of the live pool that partitioned assets are made for.
         tags: more tags of the run.
         on_event: called with each log entry of the run within half a second, in another thread.
         raise_on_error: whether a failing step's error is raised.
@@ -128,6 +191,7 @@ def materialise(
             run_config=QUIET_CONSOLE,
             instance=instance,
             asset_selection=list(keys),
+            partition_key=pool,
             run_id=run_id,
             tags={PROCESS_TAG: process_tag(), **(tags or {})},
             raise_on_error=raise_on_error,
@@ -182,6 +246,7 @@ def refresh(
     instance: dg.DagsterInstance,
     selection: dg.AssetSelection,
     *,
+    pool: str | None = None,
     tags: Mapping[str, str] | None = None,
     on_event: EventHandler | None = None,
     on_wave: Callable[[dict[dg.AssetKey, str]], None] | None = None,
@@ -195,6 +260,7 @@ def refresh(
         defs: the definitions.
         instance: where the runs are recorded.
         selection: the assets that may be materialised.
+        pool: name of the live pool that partitioned assets are made for; None passes over these.
         tags: more tags of the runs.
         on_event: as for `materialise`.
         on_wave: called before each wave with its assets and why each is stale.
@@ -207,7 +273,7 @@ def refresh(
     """
     parents, made = lineage(defs), []
     while True:
-        found = stale_assets(defs, instance, selection)
+        found = stale_assets(defs, instance, selection, pool=pool)
         wave = found.wave(parents)
         if not wave:
             return made
@@ -220,5 +286,5 @@ def refresh(
             )
         if on_wave:
             on_wave({key: found.reasons[key] for key in wave})
-        materialise(defs, instance, wave, tags=tags, on_event=on_event)
+        materialise(defs, instance, wave, pool=pool, tags=tags, on_event=on_event)
         made += wave

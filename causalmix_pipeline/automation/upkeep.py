@@ -1,5 +1,7 @@
-"""Who looks after the assets, and how old those that people read may get."""
+"""Who looks after the assets, where their code is, how old those that people read may get."""
 
+import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 
 import dagster as dg
@@ -22,6 +24,18 @@ def freshness_policy(settings: Settings) -> dg.FreshnessPolicy | None:
         fail_window=timedelta(days=automation.overdue_days),
         warn_window=timedelta(days=automation.fresh_days),
     )
+
+
+def with_code_links(
+    assets: Sequence[dg.AssetsDefinition | dg.AssetSpec],
+) -> list[dg.AssetsDefinition | dg.AssetSpec]:
+    """The assets, each with the place of its code; an editor opens it from the asset's page.
+
+    The place is that of the installed package on the machine that loads it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        return list(dg.with_source_code_references(assets))  # pyright: ignore[reportReturnType]
 
 
 def with_upkeep(spec: dg.AssetSpec, settings: Settings) -> dg.AssetSpec:

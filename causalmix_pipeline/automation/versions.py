@@ -43,17 +43,8 @@ def _outcomes(settings: Settings) -> Any:
 
 
 def _imported(settings: Settings) -> Any:
-    """Tables of runs made elsewhere, with their content, and what is read of them."""
-    tables = [
-        [
-            table.model_dump(mode="json"),
-            *(
-                file_digest(settings.resolve(path))
-                for path in (table.ratios, table.metrics, table.covariates)
-            ),
-        ]
-        for table in settings.imported_runs
-    ]
+    """Tables of runs made elsewhere, and what is read of them; their content is observed."""
+    tables = [table.model_dump(mode="json") for table in settings.imported_runs]
     return [tables, _outcomes(settings), sorted(settings.task_weights)] if tables else []
 
 

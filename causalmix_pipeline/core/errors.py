@@ -14,6 +14,15 @@ CausalMixError
 class CausalMixError(Exception):
     """Anything this package raises on purpose."""
 
+    def __str__(self) -> str:
+        """The message, with letters that can't be seen as escapes: some turn what follows them."""
+        return "".join(
+            letter
+            if letter.isprintable() or letter in "\n\u200c\u200d"
+            else letter.encode("unicode_escape", "backslashreplace").decode()
+            for letter in super().__str__()
+        )
+
 
 class ConfigError(CausalMixError, ValueError):
     """A setting breaks a rule; the message names the field, the rule, the value, the way out."""

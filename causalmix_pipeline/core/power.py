@@ -96,7 +96,8 @@ class Experiment:
         noncentrality = min(self.n_contrasts * ratio, _MOST_NONCENTRALITY)
         if noncentrality == 0:
             return LEVEL
-        return float(ncf.sf(self._critical, self.n_features, self.error_df, noncentrality))
+        with np.errstate(all="ignore"):  # its series may overflow on the way to a right value
+            return float(ncf.sf(self._critical, self.n_features, self.error_df, noncentrality))
 
     @property
     def _critical(self) -> float:

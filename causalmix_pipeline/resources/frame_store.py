@@ -10,12 +10,15 @@ from upath import UPath
 
 from causalmix_pipeline.adapters.blobs import root_of
 from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
+from causalmix_pipeline.resources.columns import describe_column
 
 #: Types of asset values. Named, since Dagster infers none from a `MaterializeResult` with checks.
 FRAME = dg.PythonObjectDagsterType(pl.DataFrame, name="Frame")
 VALUES = dg.PythonObjectDagsterType(dict, name="Values")
 
 _SLUG = re.compile(r"[a-z0-9_]+")
+#: Of a partition: a live pool's name.
+_PARTITION = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
@@ -43,8 +46,13 @@ class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
         return UPath("ops", *parts)
 
     def make_safe_partition_path(self, base_path: UPath, partition: str) -> UPath:
-        """The partition's file below the asset's; only slugs."""
-        return base_path / check_slug(partition)
+        """The partition's file below the asset's; only names that leave no folder."""
+        if not _PARTITION.fullmatch(partition):
+            raise ValueError(
+                "a partition must be lower-case letters, digits, _ and -, a letter or digit "
+                f"first, got {partition!r}: rename the pool in pools.live"
+            )
+        return base_path / partition
 
     def make_directory(self, path: UPath) -> None:
         """Nothing: a write makes its folder, and object storage has none."""
@@ -61,11 +69,20 @@ class FrameStore(dg.ConfigurableIOManager, dg.UPathIOManager):
         """Rows and columns, as Dagster's catalogue shows them; nothing for a dictionary."""
         if not isinstance(obj, pl.DataFrame):
             return {}
-        columns = [dg.TableColumn(name, str(kind)) for name, kind in obj.schema.items()]
+        columns = [
+            dg.TableColumn(name, str(kind), describe_column(name))
+            for name, kind in obj.schema.items()
+        ]
         return {
             "dagster/row_count": obj.height,
             "dagster/column_schema": dg.TableSchema(columns=columns),
         }
+
+
+def value_path(base_dir: str, key: dg.AssetKey, partition: str | None = None) -> UPath:
+    """Where the store keeps the value of an asset."""
+    parts = [*key.path, *([] if partition is None else [partition])]
+    return UPath(root_of(base_dir), *parts[:-1], f"{parts[-1]}{FrameStore.extension}")
 
 
 def check_slug(part: str) -> str:

@@ -1,16 +1,20 @@
 """Dagster's instance of a project: its home in `data/`, and runs whose process died.
 
-Runs that the CLI makes in its own process have no worker that the daemon could look after. Each
-carries the id and start time of its process, so that a run whose process is gone can be closed and
-its concurrency slots given back.
+Each run carries the id and start time of its process. Dagster doesn't notice that a run's process
+was killed together with the server that started it, or that the CLI's was: such a run would stay
+open for hours and keep others waiting. It is closed, and its concurrency slots are given back.
 """
 
 import os
 import socket
-from importlib import resources
 from pathlib import Path
 
 import dagster as dg
+
+from causalmix_pipeline.adapters.blobs import write_atomically
+from causalmix_pipeline.resources.home_config import next_config
+from causalmix_pipeline.resources.postgres import require_postgres
+from causalmix_pipeline.resources.settings import Instance
 
 #: Tag of a run: host, process id and start time of the process that executes it.
 PROCESS_TAG = "causalmix/process"
@@ -28,22 +32,40 @@ def dagster_home(data_path: Path) -> Path:
     return data_path.resolve() / "dagster_home"
 
 
-def ensure_home(data_path: Path) -> Path:
-    """Make Dagster's home with its `dagster.yaml`; a file that is there is left as it is."""
+def ensure_home(data_path: Path, wanted: Instance | None = None) -> Path:
+    """Make Dagster's home with its `dagster.yaml`, or bring an unedited one up to date.
+
+    Args:
+        data_path: the project's data folder.
+        wanted: where runs are to be kept; None leaves it as it is, SQLite at first.
+
+    Raises:
+        ConfigError: if the file was edited and names another storage than is wanted, or if
+            PostgreSQL is wanted and can't be used.
+    """
     home = dagster_home(data_path)
     home.mkdir(parents=True, exist_ok=True)
     config = home / "dagster.yaml"
-    if not config.exists():
-        template = resources.files("causalmix_pipeline.resources") / "dagster.yaml"
-        temporary = config.with_name(f".dagster.yaml.{os.getpid()}.tmp")
-        temporary.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
-        os.replace(temporary, config)
+    there = config.read_text(encoding="utf-8") if config.exists() else None
+    text = next_config(there, wanted, config)
+    if wanted is not None and wanted.storage == "postgres":
+        require_postgres(wanted)
+    if text != there:
+        write_atomically(config, text.encode())
     return home
 
 
-def ensure_instance(data_path: Path) -> dg.DagsterInstance:
-    """Open Dagster's instance in `data/dagster_home`, made at the first call; use it in `with`."""
-    return dg.DagsterInstance.from_config(str(ensure_home(data_path)))
+def ensure_instance(data_path: Path, wanted: Instance | None = None) -> dg.DagsterInstance:
+    """Open Dagster's instance, made at the first call; use it in `with`.
+
+    Args:
+        data_path: the project's data folder, in which its home is.
+        wanted: where runs are to be kept; None leaves it as it is, SQLite at first.
+
+    Raises:
+        ConfigError: as for `ensure_home`.
+    """
+    return dg.DagsterInstance.from_config(str(ensure_home(data_path, wanted)))
 
 
 def process_tag(pid: int | None = None) -> str:
@@ -78,6 +100,22 @@ def is_process_alive(tag: str) -> bool:
     return True
 
 
+def _own_process_tag(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str | None:
+    """The process of a run; a retry that hasn't begun still has the tag of the run it repeats."""
+    tag = run.tags.get(PROCESS_TAG)
+    parent = instance.get_run_by_id(run.parent_run_id) if tag and run.parent_run_id else None
+    return None if parent and parent.tags.get(PROCESS_TAG) == tag else tag
+
+
+def dead_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, str]]:
+    """Open runs whose process is gone, each with the tag of its process."""
+    tagged = [
+        (run, _own_process_tag(instance, run))
+        for run in instance.get_runs(filters=dg.RunsFilter(statuses=_OPEN))
+    ]
+    return [(run, tag) for run, tag in tagged if tag is not None and not is_process_alive(tag)]
+
+
 def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Mark open runs whose process is gone as failed, and give their concurrency slots back.
 
@@ -85,10 +123,7 @@ def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         Ids of the runs that were closed.
     """
     closed = []
-    for run in instance.get_runs(filters=dg.RunsFilter(statuses=_OPEN)):
-        tag = run.tags.get(PROCESS_TAG)
-        if tag is None or is_process_alive(tag):
-            continue
+    for run, tag in dead_runs(instance):
         instance.report_run_failed(
             run,
             f"The process of this run ({tag}) is gone: it was killed, or the machine restarted.",

@@ -23,6 +23,7 @@ from causalmix_pipeline.core.design import DesignPlan
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.pool_state import StateRanges
 from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
 from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
 
@@ -35,6 +36,11 @@ class Project(dg.ConfigurableResource):
     )
 
     _settings: Settings | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Write down which process executes the run, so that a run that was killed is noticed."""
+        if context.run and context.instance:
+            context.instance.add_run_tags(context.run.run_id, {PROCESS_TAG: process_tag()})
 
     @property
     def settings(self) -> Settings:

@@ -13,7 +13,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from causalmix_pipeline.adapters.pool_door import ColumnMap
 from causalmix_pipeline.core.covariates import (
@@ -88,6 +95,9 @@ _OWNER = re.compile(
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+#: A live pool's name: it becomes a partition, a folder and a file's name.
+_POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
+
 
 class Section(BaseModel):
     """A part of the settings: unknown keys are refused, values don't change after loading."""
@@ -113,12 +123,33 @@ class Pools(Section):
         "change it only when you adopt a new experiment, since every proxy run is then trained "
         "anew.",
     )
-    live: str = Field(
+    live: str | dict[str, str] = Field(
         default="data/pool",
-        min_length=1,
         description="Folder, glob or URL (s3://...) of the pool to recommend a mixture for; change "
-        "its files at any time.",
+        "its files at any time. For several pools over one experiment, a name and a location each: "
+        "{web-2026w47: data/web, longcot: s3://pools/longcot}.",
     )
+
+    @field_validator("live", mode="before")
+    @classmethod
+    def _check_live(cls, live: Any) -> Any:
+        named = live if isinstance(live, dict) else {}
+        for name in named:
+            if not isinstance(name, str) or not _POOL_NAME.fullmatch(name):
+                raise ValueError(
+                    "pools.live must name each pool by lower-case letters, digits, _ and -, a "
+                    f"letter or digit first, 60 characters at most, got {name!r}: rename it"
+                    f"{'' if isinstance(name, str) else ', in quotation marks'}"
+                )
+        for field, location in [(f"pools.live.{name}", named[name]) for name in named] or [
+            ("pools.live", live)
+        ]:
+            if not isinstance(location, str) or not location:
+                raise ValueError(
+                    f"{field} must be a folder, glob or URL, or, for several pools, a mapping of "
+                    f"names to these, got {location!r}: write data/pool or {{a: data/a, b: data/b}}"
+                )
+        return live
 
 
 class Columns(Section):
@@ -846,6 +877,33 @@ class Alerts(Section):
         return os.environ.get(self.webhook_env) or None if self.webhook_env else None
 
 
+class Instance(Section):
+    """Where Dagster keeps runs, events and schedules."""
+
+    storage: Literal["sqlite", "postgres"] = Field(
+        default="sqlite",
+        description="Where Dagster keeps runs, events and schedules: sqlite, in files below "
+        "data_dir, or postgres, on a server, once several people or code locations work at a time.",
+    )
+    postgres_env: str = Field(
+        default="CAUSALMIX_POSTGRES_URL",
+        description="Name of the environment variable that holds "
+        "postgresql+psycopg2://user:password@host:port/database, a database of this project "
+        "alone; read where storage is postgres. The URL is a secret, so it never stands here.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if not _VARIABLE.fullmatch(self.postgres_env):
+            # Not quoted: it may well be the URL, with its password.
+            raise ValueError(
+                "instance.postgres_env must be the name of an environment variable (letters, "
+                f"digits, _), got {len(self.postgres_env)} other characters: put the URL into a "
+                "variable and write its name here"
+            )
+        return self
+
+
 class Settings(Section):
     """The whole of `causalmix.yaml`."""
 
@@ -900,6 +958,7 @@ class Settings(Section):
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
     alerts: Alerts = Field(default=Alerts(), description="Who is told when something fails.")
+    instance: Instance = Field(default=Instance(), description="Where Dagster keeps its runs.")
     seed: int = Field(default=0, ge=0, description="Seed of fits, searches and splits; integer.")
 
     _root: Path = PrivateAttr(default_factory=Path.cwd)
@@ -949,10 +1008,11 @@ class Settings(Section):
                 f"domains must be two different names or more, got {self.domains}: with one "
                 "domain there is nothing to mix; null takes all that are found"
             )
-        if pools_equal(self.pools):
+        same = pools_equal(self.pools)
+        if same is not None:
             raise ValueError(
-                f"pools.live must differ from pools.experiment, got {self.pools.live!r} for both: "
-                "copy the pool, so that a change of the one leaves the experiment as it is"
+                f"{same} must differ from pools.experiment, got {self.pools.experiment!r} for "
+                "both: copy the pool, so that a change of the one leaves the experiment as it is"
             )
         return self
 
@@ -993,9 +1053,36 @@ class Settings(Section):
         return self.locate(self.pools.experiment)
 
     @property
+    def live_pools(self) -> dict[str | None, str | Path]:
+        """Location of each live pool by its name, a URL or an absolute path; None names the one."""
+        live = self.pools.live
+        named = {None: live} if isinstance(live, str) else live
+        return {name: self.locate(location) for name, location in named.items()}
+
+    def live_location(self, pool: str | None) -> str | Path:
+        """Where a live pool is; None stands for the one that has no name.
+
+        Raises:
+            ConfigError: if there is no such pool.
+        """
+        found = self.live_pools
+        if pool in found:
+            return found[pool]
+        known = ", ".join(name for name in found if name is not None)
+        raise ConfigError(
+            f"the live pool must be one of pools.live ({known or 'which names none'}), got "
+            f"{pool or 'no name'}: {'name one' if known else 'leave the name out'}, or add it to "
+            "pools.live."
+        )
+
+    @property
     def live_path(self) -> str | Path:
-        """`pools.live`: a URL, or an absolute path."""
-        return self.locate(self.pools.live)
+        """Where the live pool is, if it's the only one, without a name.
+
+        Raises:
+            ConfigError: if there are several.
+        """
+        return self.live_location(None)
 
     @property
     def run_store_root(self) -> str | Path:
@@ -1038,6 +1125,10 @@ class Settings(Section):
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def pools_equal(pools: Pools) -> bool:
-    """Tell whether both pools are the same folder as written."""
-    return Path(pools.experiment) == Path(pools.live)
+def pools_equal(pools: Pools) -> str | None:
+    """The field of a live pool that is the experiment's folder as written, or None."""
+    named = pools.live if isinstance(pools.live, dict) else {None: pools.live}
+    for name, location in named.items():
+        if Path(pools.experiment) == Path(location):
+            return "pools.live" if name is None else f"pools.live.{name}"
+    return None

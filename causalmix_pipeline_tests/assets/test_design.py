@@ -92,6 +92,9 @@ def test_the_reach_of_shares_and_covariates_is_told():
         "least": 0.1,
         "median": 0.5,
         "largest": 0.9,
+        "0 to 1": "·█······█·····█·",
     }
-    assert [row["covariate"] for row in covariate_reach(states)] == ["mtld", "hes"]
-    assert covariate_reach(states)[0]["largest"] == 4.0
+    told = covariate_reach(states, ["hes", "mtld", "ifd"])
+    assert [row["covariate"] for row in told] == ["hes", "mtld"]
+    assert told[1]["largest"] == 4.0
+    assert told[1]["least to largest"] == "█··█·····█"

@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 
 from causalmix_pipeline.assets.pictures import (
     INLINE_LIMIT,
+    Strip,
+    bar,
+    by_domain_table,
     cell,
+    histogram,
     loss_curves,
     markdown_table,
     moves_plot,
-    share_bars,
+    number,
+    rounded,
+    strips_plot,
     svg_picture,
 )
 
@@ -36,7 +42,7 @@ def test_rows_that_do_not_fit_are_counted():
 
     shown = text.count("domain")
     assert text.endswith(f"and {200 - shown} more")
-    assert "0.1235" in text
+    assert "0.123" in text
 
 
 def test_nothing_is_told_as_nothing():
@@ -45,13 +51,70 @@ def test_nothing_is_told_as_nothing():
 
 
 def test_a_long_name_is_cut():
-    assert cell("x" * 90) == "x" * 37 + "..."
+    assert cell("x" * 90) == "x" * 23 + "..."
+    assert cell("x" * 90, 60) == "x" * 57 + "..."
 
 
 def test_bars_are_as_long_as_the_shares():
-    lines = share_bars({"math": 0.75, "code": 0.25}).md_str.splitlines()
+    assert bar(0.75, 20) == "█" * 15
+    assert bar(0.26, 4) == "█"
+    assert bar(0.28, 4) == "█▏"
+    assert bar(-1.0) == ""
+    assert bar(9.0, 4) == "████"
 
-    assert [line.count("█") for line in lines[2:]] == [15, 5]
+
+def test_a_histogram_has_a_bar_for_every_cell_with_a_value():
+    assert histogram([0.0, 0.1, 0.9], 0, 1, cells=4) == "█··▄"
+    assert histogram([2.0], 2, 2, cells=3) == "█··"
+    assert histogram([], 0, 1, cells=2) == "··"
+
+
+def test_numbers_have_three_digits_and_stand_to_the_right_of_their_columns():
+    table = markdown_table([{"a": "x", "n": 1234567, "f": 0.0123456, "ok": True, "none": None}])
+
+    assert table.md_str.splitlines()[1:] == ["|-|-:|-:|-|-|", "|x|1,234,567|0.0123|yes|-|"]
+    assert rounded(13779.0) == "13,779"
+    assert number(0.123456).value == 0.1235
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("<b>", r"\<b\>"),
+        ("[x](javascript:y)", r"\[x\](javascript\:y)"),
+        ("a|b", r"a\|b"),
+        ("`c`", r"\`c\`"),
+        ("http://a.b", "`http://a.b`"),
+        ("a\n\u202eb\u0000", "a ?b?"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),
+    ],
+)
+def test_a_label_is_no_markdown_and_no_invisible_letter(label, shown):
+    assert cell(label) == shown
+
+
+def test_domains_are_columns_while_they_fit_and_rows_beyond():
+    few, many = list("abc"), list("abcdefgh")
+
+    narrow = by_domain_table(few, {"natural": [0.1, 0.2, 0.7]}, "mixture").md_str
+    wide = by_domain_table(many, {"natural": [0.1] * 8}, "mixture").md_str
+
+    assert narrow.splitlines()[0] == "|mixture|a|b|c|"
+    assert wide.splitlines()[0] == "|domain|natural|"
+
+
+def test_dots_of_a_strip_stand_between_its_ends_and_the_mark_where_its_value_is():
+    strips = [Strip("math", [0.0, 0.5, 1.0, float("nan")], 0.5), Strip("<x>", [], None)]
+    plot = ElementTree.fromstring(strips_plot(strips, "shares", limits=(0, 1)))
+
+    places = [
+        int(part.split()[0]) for part in plot.findall(f"{SVG}path")[0].get("d", "").split("M")[1:]
+    ]
+    (mark,) = plot.findall(f"{SVG}line[@class='mark']")
+    assert places == sorted(places)
+    assert len(places) == 3
+    assert float(mark.get("x1", 0)) == places[1]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=1)
 
 
 def moves(*rows: tuple[str, str, float | None, float | None]) -> pl.DataFrame:
@@ -77,8 +140,8 @@ def test_a_plot_keeps_bars_intervals_and_texts_inside_whatever_the_names(rows):
     width, height = float(plot.get("width", 0)), float(plot.get("height", 0))
     for line in plot.iter(f"{SVG}line"):
         assert all(0 <= float(line.get(side, -1)) <= width for side in ("x1", "x2"))
-    for bar in plot.findall(f"{SVG}rect[@class='bar']"):
-        assert 0 <= float(bar.get("x", -1)) <= width - float(bar.get("width", width))
+    for box in plot.findall(f"{SVG}rect[@class='bar']"):
+        assert 0 <= float(box.get("x", -1)) <= width - float(box.get("width", width))
     for text in plot.iter(f"{SVG}text"):
         at, size = float(text.get("x", -1)), 7.2 * len(text.text or "")
         start = at - {"start": 0, "middle": size / 2, "end": size}[text.get("text-anchor", "")]
@@ -91,7 +154,7 @@ def test_bars_and_intervals_are_as_long_as_the_moves():
         moves_plot(moves(("code", "hes", -4.0, 0.5), ("math", "mtld", 2.0, 0.5)))
     )
 
-    bars = [float(bar.get("width", 0)) for bar in plot.findall(f"{SVG}rect[@class='bar']")]
+    bars = [float(box.get("width", 0)) for box in plot.findall(f"{SVG}rect[@class='bar']")]
     errors = [
         float(line.get("x2", 0)) - float(line.get("x1", 0))
         for line in plot.findall(f"{SVG}line[@class='error']")

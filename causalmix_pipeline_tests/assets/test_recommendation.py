@@ -14,12 +14,16 @@ from causalmix_pipeline.assets import recommendation
 from causalmix_pipeline.assets.recommendation import choose_mixture, interval
 from causalmix_pipeline.assets.report import report_data
 from causalmix_pipeline.assets.validation import larger_config, realised_gains
+from causalmix_pipeline.core.belief import TOP_UP_RUNS
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.top_up import top_up_frame
 from causalmix_pipeline.resources.settings import Settings
 
 TRUTH = SyntheticPool.draw(n_domains=4, n_covariates=2, n_tasks=2, seed=1)
 RUNS = TRUTH.run_table(n_states=24, mixtures_per_state=4, noise=0.05, n_repeats=4, seed=2)
+
+NO_TOP_UPS = top_up_frame(RUNS, [], np.empty(0), np.empty(0), [])
 
 
 def settings(**policy) -> Settings:
@@ -42,10 +46,10 @@ def baselines() -> pl.DataFrame:
     )
 
 
-def choose(state_DP: np.ndarray, **policy) -> dict:
+def choose(state_DP: np.ndarray, top_ups: pl.DataFrame = NO_TOP_UPS, **policy) -> dict:
     chosen = dict.fromkeys(RUNS.tasks, "structured_ridge")
     model = {"chosen": chosen, "parameters": {}, "calibration": {}}
-    return choose_mixture(settings(**policy), RUNS, model, live(state_DP), baselines())
+    return choose_mixture(settings(**policy), RUNS, model, live(state_DP), baselines(), top_ups)
 
 
 def test_the_recommended_mixture_truly_gains_over_the_reference():
@@ -70,9 +74,30 @@ def test_out_of_reach_the_reference_is_kept_nothing_promised_and_runs_offered():
     assert [row["gain"] for row in value["gains"]] == [None] * 4
     assert value["gain"] == 0
     assert value["low"] is value["high"] is None
-    assert len(value["top_up"]) == recommendation.TOP_UP_RUNS
+    assert len(value["top_up"]) == TOP_UP_RUNS
     for row in value["top_up"]:
         assert sum(row.values()) == pytest.approx(1.0)
+
+
+def test_a_top_up_makes_a_far_pool_supported_and_its_gain_known():
+    """The runs planned at a pool out of reach, made: the reference is kept no more."""
+    far_DP = RUNS.state_NDP[0] + 50
+    before = choose(far_DP)
+    mixture_ND = np.array([list(row.values()) for row in before["top_up"]])
+    outcome_NT = TRUTH.expected_outcome(far_DP, mixture_ND)
+    done = top_up_frame(
+        RUNS,
+        [f"top_up/far/{i:03d}" for i in range(len(mixture_ND))],
+        np.repeat(far_DP[None], len(mixture_ND), axis=0),
+        mixture_ND,
+        [dict(zip(RUNS.tasks, row, strict=True)) for row in outcome_NT.tolist()],
+    )
+
+    after = choose(far_DP, done)
+
+    assert after["verdict"] == "supported" and after["top_up"] == []
+    assert after["overlap_score"] < 1 < before["overlap_score"]
+    assert after["low"] is not None and after["mixtures"] != before["mixtures"]
 
 
 def test_a_tighter_region_and_a_least_share_are_kept_to_and_told():

@@ -24,12 +24,14 @@ from causalmix_pipeline.automation.alerts import (
     make_alert_sensor,
     make_run_failure_sensor,
 )
+from causalmix_pipeline.automation.partitions import with_partitions
 from causalmix_pipeline.automation.upkeep import FRESH_NAMES
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources import alert_channels
 from causalmix_pipeline.resources.alert_channels import AlertLog, deliver_waiting, plain
 from causalmix_pipeline.resources.frame_store import VALUES, FrameStore
 from causalmix_pipeline.resources.instance import dagster_home, ensure_instance
+from causalmix_pipeline.resources.live_pools import settle_partitions
 from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
 from causalmix_pipeline_tests.conftest import write_project
@@ -206,6 +208,46 @@ def test_the_first_recommendation_of_all_is_told_if_it_is_bad(tmp_path):
         (alert,) = life.look()
 
     assert "turned from none to unsupported" in alert["summary"]
+
+
+def test_the_verdict_and_the_checks_of_each_pool_are_told_with_its_name(tmp_path):
+    path = tmp_path / "causalmix.yaml"
+    path.write_text(yaml.safe_dump({"pools": {"live": {"web-2026w47": "a", "longcot": "b"}}}))
+    settings = load_settings(path)
+    asset = with_partitions(mixture, settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        settle_partitions(instance, settings)
+        life = Life(settings, instance)
+
+        def make(pool: str, verdict: str, **tags: str) -> None:
+            dg.materialize(
+                [asset],
+                instance=instance,
+                partition_key=pool,
+                resources={"io_manager": FrameStore(base_dir=settings.assets_root)},
+                tags={"verdict": verdict, **tags},
+            )
+
+        for pool in settings.live_pools:
+            make(str(pool), "supported")
+        assert life.look() == []
+        make("longcot", "extrapolating", failing="within_reach")
+        make("web-2026w47", "supported")
+
+        check, verdict = life.look()
+
+        assert (
+            "within_reach of recommended_mixture failed for the live pool longcot"
+            in (check["summary"])
+        )
+        assert check["details"]["live_pool"] == verdict["details"]["live_pool"] == "longcot"
+        assert "for the live pool longcot turned from supported to extra" in verdict["summary"]
+        assert len(verdict["details"]["top_up"]) == 2
+        assert life.look() == []
+        make("longcot", "extrapolating", failing="within_reach")
+        make("web-2026w47", "unsupported", failing="within_reach")
+
+        assert [line["details"]["live_pool"] for line in life.look()] == ["web-2026w47"] * 2
 
 
 def test_a_plan_that_is_not_of_this_verdict_is_left_out_and_says_so(life):

@@ -67,7 +67,7 @@ def measure(arguments: list[str], folder: Path) -> dict[str, float]:
             stderr=subprocess.STDOUT,
         )
         while process.poll() is None:
-            peak = max(peak, _resident_bytes(process.pid))
+            peak = max(peak, resident_bytes(process.pid))
             time.sleep(LOOK_SECONDS)
     wall, after = time.perf_counter() - began, os.times()
     if process.returncode:
@@ -78,7 +78,7 @@ def measure(arguments: list[str], folder: Path) -> dict[str, float]:
     return {"wall_seconds": wall, "cpu_seconds": cpu, "peak_megabytes": peak / 2**20}
 
 
-def _resident_bytes(root: int) -> int:
+def resident_bytes(root: int) -> int:
     """Memory of a process and all below it."""
     parents, resident = {}, {}
     for folder in Path("/proc").iterdir():

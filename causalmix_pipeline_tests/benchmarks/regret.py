@@ -44,8 +44,8 @@ from causalmix_pipeline_tests.benchmarks.simulator import (
 #: New pools of each cell, and standard deviations by which those out of support are moved.
 N_POOLS, SHIFT = 20, 2.5
 
-#: Radius of the causal forest's trust region, nats.
-FOREST_RADIUS = 0.15
+#: Radius of the causal forest's trust region, nats; chosen on seeds that no table uses.
+FOREST_RADIUS = 0.8
 
 CELLS = ("randomised:256", "randomised:512", "confounded:256", "hidden:256")
 METHODS = ("equal", "regmix", "lightgbm_state", "log_linear", "extra_trees", "structured_ridge",

@@ -24,22 +24,34 @@ def settings(project_file):
 
 def test_the_cheap_fingerprint_follows_names_sizes_and_times(settings):
     path = settings.live_path / "math" / "short.jsonl"
-    seen = [pool_stat(settings.live_path)[0]]
+    seen = [pool_stat(settings.live_path)]
     os.utime(path, (1, 1))
-    seen.append(pool_stat(settings.live_path)[0])
+    seen.append(pool_stat(settings.live_path))
     path.rename(path.with_name("other.jsonl"))
-    seen.append(pool_stat(settings.live_path)[0])
+    seen.append(pool_stat(settings.live_path))
     path.with_name("other.jsonl").write_text("x")
-    seen.append(pool_stat(settings.live_path)[0])
+    seen.append(pool_stat(settings.live_path))
 
     assert len(set(seen)) == 4
-    assert pool_stat(settings.live_path)[0] == seen[-1]
+    assert pool_stat(settings.live_path) == seen[-1]
 
 
-def test_the_newest_time_is_told(settings):
-    os.utime(settings.live_path / "math" / "short.jsonl", (9e9, 9e9))
+def test_content_of_the_same_size_put_back_to_its_old_time_is_told_by_the_other_time(settings):
+    path = settings.live_path / "math" / "short.jsonl"
+    before, times = pool_stat(settings.live_path), path.stat()
+    path.write_text(path.read_text().replace("g0", "g9"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    assert pool_stat(settings.live_path)[1] == 9e9
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    assert path.stat().st_size == times.st_size
+    assert pool_stat(settings.live_path) != before
+
+
+def test_a_link_to_nowhere_is_no_file(settings):
+    before = pool_stat(settings.live_path)
+    (settings.live_path / "gone.jsonl").symlink_to("nowhere")
+
+    assert pool_stat(settings.live_path) == before
 
 
 def test_a_folder_without_documents_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from causalmix_pipeline.adapters.estimators import ESTIMATOR_NAMES
+from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.resources.settings import PRESET_RUNS, EstimatorName, Settings
 
 TASK = {"name": "math", "path": "eval/math.jsonl"}
@@ -25,6 +26,18 @@ def refusal(**raw) -> str:
         ({"domains": ["math"]}, "domains", "['math']"),
         ({"domains": ["math", "math"]}, "domains", "['math', 'math']"),
         ({"pools": {"experiment": "data/x", "live": "data/x/"}}, "pools.live", "data/x"),
+        ({"pools": {"experiment": "x", "live": {"a": "y", "b": "x/"}}}, "pools.live.b", "'x'"),
+        ({"pools": {"live": {"Web": "x"}}}, "pools.live must name each pool", "'Web'"),
+        ({"pools": {"live": {"../web": "x"}}}, "pools.live must name each pool", "'../web'"),
+        ({"pools": {"live": {"-x": "x"}}}, "letter or digit first", "'-x'"),
+        ({"pools": {"live": {"a" * 61: "x"}}}, "60 characters at most", "'aaaa"),
+        ({"pools": {"live": {"a\n": "x"}}}, "pools.live must name each pool", "'a\\n'"),
+        ({"pools": {"live": {2026: "x"}}}, "in quotation marks", "2026"),
+        ({"pools": {"live": {"a": ""}}}, "pools.live.a must be a folder", "''"),
+        ({"pools": {"live": {"a": None}}}, "pools.live.a must be a folder", "None"),
+        ({"pools": {"live": {}}}, "pools.live must be a folder", "{}"),
+        ({"pools": {"live": ["x"]}}, "pools.live must be a folder", "['x']"),
+        ({"pools": {"live": ""}}, "pools.live must be a folder", "''"),
         ({"design": {"strength_range": [3, 0.4]}}, "design.strength_range", "[3.0, 0.4]"),
         ({"design": {"strength_range": [0, 1]}}, "design.strength_range[0]", "got 0"),
         ({"design": {"n_runs": 10}}, "design.n_runs", "use 12"),
@@ -195,3 +208,25 @@ def test_alerts_are_handed_to_nobody_unless_a_channel_is_set(monkeypatch):
 
     assert [section.is_on for section in alerts] == [False, True, True]
     assert [section.webhook_url() for section in alerts] == [None, "http://127.0.0.1/", None]
+
+
+def test_one_pool_has_no_name_and_several_have_theirs():
+    one = Settings.model_validate({"pools": {"live": "s3://team/pool"}})
+    two = Settings.model_validate({"pools": {"live": {"web-2026w47": "a", "long_cot": "s3://b"}}})
+
+    assert one.live_pools == {None: "s3://team/pool"}
+    assert one.live_path == "s3://team/pool"
+    assert two.live_pools == {"web-2026w47": two.resolve("a"), "long_cot": "s3://b"}
+    assert two.live_location("long_cot") == "s3://b"
+
+
+@pytest.mark.parametrize(
+    ("live", "name", "said"),
+    [("a", "web", "names none"), ({"web": "a"}, None, "name one"), ({"web": "a"}, "x", "(web)")],
+)
+def test_a_pool_that_is_not_there_is_refused_with_those_that_are(live, name, said):
+    settings = Settings.model_validate({"pools": {"live": live}})
+
+    with pytest.raises(ConfigError, match=r"must be one of pools\.live") as caught:
+        settings.live_location(name)
+    assert said in str(caught.value)

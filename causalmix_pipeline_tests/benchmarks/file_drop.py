@@ -1,0 +1,98 @@
+"""From new files in the demo's live pool to a new recommendation: where the time goes.
+
+    python -m causalmix_pipeline_tests.benchmarks.file_drop --config data/demo.yaml
+        [--interval 30] [--quiet 60]
+
+Works on a copy of the project that `causalmix demo` left, with a real daemon and webserver. The
+drop is the demo's own ("within reach"). Work is what runs do, from the start of a run's process to
+its end; the rest is waiting: for the pool to be quiet and for sensors to look. Linux only.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+
+from causalmix_pipeline.adapters.demo_pool import drop_into_live, reset_live
+from causalmix_pipeline.resources.instance import ensure_instance
+from causalmix_pipeline.resources.settings_file import load_settings
+from causalmix_pipeline_tests.benchmarks.running_project import RunningProject, running, wait_until
+
+#: Longest wait for the project to settle, seconds.
+LONGEST_WAIT = 900
+
+
+def settle(project: RunningProject, instance: dg.DagsterInstance) -> None:
+    """Wait until the project has settled.
+
+    Raises:
+        TimeoutError: if it doesn't; says what the daemon printed.
+    """
+    if not wait_until(lambda: project.is_settled(instance), LONGEST_WAIT):
+        raise TimeoutError((project.logs / "daemon.log").read_text()[-3000:])
+
+
+def run_rows(instance: dg.DagsterInstance, since: float) -> list[dict]:
+    """What the runs since then spent, a row per start of a run's process and per step."""
+    rows = []
+    for record in instance.get_run_records(ascending=True, order_by="create_timestamp"):
+        if record.create_timestamp.timestamp() < since or record.end_time is None:
+            continue
+        run, steps = record.dagster_run, instance.get_run_step_stats(record.dagster_run.run_id)
+        spent = 0.0
+        for step in steps:
+            seconds = (step.end_time or 0.0) - (step.start_time or 0.0)
+            spent += seconds
+            rows.append({"run": run.run_id[:8], "what": step.step_key, "seconds": seconds})
+        whole = record.end_time - record.create_timestamp.timestamp()
+        rows.append({"run": run.run_id[:8], "what": "start and end of a run's process",
+                     "seconds": whole - spent})  # fmt: skip
+    return rows
+
+
+def measure(config: Path, logs: Path, interval: int, quiet: int) -> pl.DataFrame:
+    """Drop the files and wait; a row per step and kind of waiting."""
+    settings, demo = load_settings(config), config.parent / "demo"
+    live = Path(settings.live_path)
+    reset_live(demo, live)
+    with (
+        ensure_instance(settings.data_path) as instance,
+        running(config, interval=interval, quiet=quiet, logs=logs) as project,
+    ):
+        settle(project, instance)
+        began = time.time()
+        files = drop_into_live(demo, live, "within_reach")
+        settle(project, instance)
+        whole = time.time() - began
+        rows = run_rows(instance, began)
+    print(f"{len(files)} files dropped; {whole:.0f} s until everything was made.")
+    work = pl.DataFrame(rows)
+    total = sum(row["seconds"] for row in rows)
+    waiting = pl.DataFrame({"what": ["work in all", "waiting for quiet and for sensors"],
+                            "seconds": [total, whole - total]})  # fmt: skip
+    parts = work.group_by("what").agg(pl.col("seconds").sum()).sort("seconds", descending=True)
+    return pl.concat([parts, waiting])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--interval", type=int, default=30)
+    parser.add_argument("--quiet", type=int, default=60)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="drop_") as name:
+        folder = Path(name) / "project"
+        shutil.copytree(asked.config.parent, folder)
+        found = measure(folder / asked.config.name, Path(name), asked.interval, asked.quiet)
+    with pl.Config(tbl_rows=100, float_precision=1, tbl_hide_dataframe_shape=True,
+                   fmt_str_lengths=60):  # fmt: skip
+        print(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The Dagster UI of a project, in a real browser."""
