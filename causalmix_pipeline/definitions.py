@@ -18,6 +18,7 @@ from causalmix_pipeline.assets import (
     validation,
 )
 from causalmix_pipeline.automation.alerts import make_alert_sensor, make_run_failure_sensor
+from causalmix_pipeline.automation.catch_up import make_catch_up_sensor
 from causalmix_pipeline.automation.conditions import with_live_condition
 from causalmix_pipeline.automation.dead_runs import dead_runs
 from causalmix_pipeline.automation.imported_tables import (
@@ -96,6 +97,7 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         sensors=[
             make_pool_sensor(settings),
             make_condition_sensor(settings),
+            make_catch_up_sensor(settings, lambda: built[0]),
             make_run_failure_sensor(settings),
             dead_runs,
             make_alert_sensor(settings, lambda: built[0].resolve_asset_graph().asset_check_keys),

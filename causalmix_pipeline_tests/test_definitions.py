@@ -130,6 +130,7 @@ def test_the_jobs_sensors_and_the_schedule_are_there(definitions):
         "live_pool_sensor",
         "live_side_sensor",
         "run_failure_alerts",
+        "catch_up",
         "dead_runs",
         "alerts",
     }

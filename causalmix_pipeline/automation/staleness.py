@@ -112,6 +112,17 @@ def last_made(
     return found[0] if found and found[0].partition_key == pool else None
 
 
+def newest_event(
+    instance: dg.DagsterInstance, graph: BaseAssetGraph, key: dg.AssetKey, pool: str | None
+) -> int:
+    """Storage id of the newest materialisation or observation of an asset; 0 for none."""
+    of = pool if graph.get(key).is_partitioned else None
+    made = last_made(instance, key, of)
+    wanted = dg.AssetRecordsFilter(key, asset_partitions=None if of is None else [of])
+    observed = instance.fetch_observations(wanted, limit=1).records
+    return max(made.storage_id if made else 0, observed[0].storage_id if observed else 0)
+
+
 def _tags(
     instance: dg.DagsterInstance,
     key: dg.AssetKey,

@@ -19,21 +19,26 @@ import polars as pl
 
 from causalmix_pipeline.adapters.demo_pool import drop_into_live, reset_live
 from causalmix_pipeline.resources.instance import ensure_instance
-from causalmix_pipeline.resources.settings_file import load_settings
-from causalmix_pipeline_tests.benchmarks.running_project import RunningProject, running, wait_until
+from causalmix_pipeline_tests.benchmarks.running_project import (
+    FinishedProject,
+    Services,
+    running,
+    wait_until,
+)
 
 #: Longest wait for the project to settle, seconds.
 LONGEST_WAIT = 900
 
 
-def settle(project: RunningProject, instance: dg.DagsterInstance) -> None:
+def settle(services: Services, instance: dg.DagsterInstance) -> None:
     """Wait until the project has settled.
 
     Raises:
         TimeoutError: if it doesn't; says what the daemon printed.
     """
+    project = services.projects[0]
     if not wait_until(lambda: project.is_settled(instance), LONGEST_WAIT):
-        raise TimeoutError((project.logs / "daemon.log").read_text()[-3000:])
+        raise TimeoutError((services.logs / "daemon.log").read_text()[-3000:])
 
 
 def run_rows(instance: dg.DagsterInstance, since: float) -> list[dict]:
@@ -56,17 +61,17 @@ def run_rows(instance: dg.DagsterInstance, since: float) -> list[dict]:
 
 def measure(config: Path, logs: Path, interval: int, quiet: int) -> pl.DataFrame:
     """Drop the files and wait; a row per step and kind of waiting."""
-    settings, demo = load_settings(config), config.parent / "demo"
-    live = Path(settings.live_path)
+    project, demo = FinishedProject(config), config.parent / "demo"
+    live = Path(project.settings.live_path)
     reset_live(demo, live)
     with (
-        ensure_instance(settings.data_path) as instance,
-        running(config, interval=interval, quiet=quiet, logs=logs) as project,
+        ensure_instance(project.settings.data_path) as instance,
+        running([project], interval=interval, quiet=quiet, logs=logs) as services,
     ):
-        settle(project, instance)
+        settle(services, instance)
         began = time.time()
         files = drop_into_live(demo, live, "within_reach")
-        settle(project, instance)
+        settle(services, instance)
         whole = time.time() - began
         rows = run_rows(instance, began)
     print(f"{len(files)} files dropped; {whole:.0f} s until everything was made.")

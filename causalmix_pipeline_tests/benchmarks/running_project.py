@@ -1,4 +1,4 @@
-"""A project with a real daemon and webserver of Dagster, started, looked at and killed."""
+"""Projects with a real daemon and webserver of Dagster, started, looked at and killed."""
 
 import os
 import shutil
@@ -20,7 +20,6 @@ from causalmix_pipeline.automation.staleness import refresh, stale_assets
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.instance import PROCESS_TAG, dagster_home, ensure_instance
 from causalmix_pipeline.resources.observation import LIVE_POOL, observed_version
-from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
 from causalmix_pipeline_tests.benchmarks.cost import resident_bytes
 
@@ -45,30 +44,64 @@ defs = build_definitions(Path({config!r}), settings.model_copy(update={{"automat
 """
 
 
-class RunningProject:
-    """The daemon and the webserver of a finished project; use `running`."""
+class FinishedProject:
+    """A project whose experiment is done."""
 
-    def __init__(self, config: Path, *, interval: int, quiet: int, logs: Path):
+    def __init__(self, config: Path):
         self.config, self.settings = config, load_settings(config)
-        self.logs, self.port = logs, free_port()
-        self._code = logs / "fast_definitions.py"
-        self._code.write_text(CODE.format(config=str(config), interval=interval, quiet=quiet))
-        self._processes: dict[str, subprocess.Popen] = {}
         self.defs = build_definitions(config)
+
+    def is_settled(self, instance: dg.DagsterInstance) -> bool:
+        """Whether the pool was read as it is now and nothing is stale or under way."""
+        if observed_version(instance, LIVE_POOL) != pool_fingerprint(self.settings.live_path):
+            return False
+        return not stale_assets(self.defs, instance, LIVE_SIDE).reasons and not open_runs(instance)
+
+    def recommendation(self) -> str:
+        """Digest of the recommendation that stands."""
+        path = Path(self.settings.assets_root) / "recommended_mixture.parquet"
+        return content_digest(read_value(path))
+
+    def true_recommendation(self, scratch: Path) -> str:
+        """Digest of the recommendation that a copy of the project makes of the pool from scratch.
+
+        The copy keeps Dagster's home to itself, in SQLite.
+        """
+        copy = scratch / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        ignored = shutil.ignore_patterns("dagster_home", "scratch")
+        shutil.copytree(self.config.parent, copy, ignore=ignored)
+        found = FinishedProject(copy / self.config.name)
+        with ensure_instance(found.settings.data_path) as instance:
+            refresh(found.defs, instance, LIVE_SIDE)
+        return found.recommendation()
+
+
+class Services:
+    """The daemon and the webserver of projects that share an instance; use `running`."""
+
+    def __init__(self, projects: Sequence[FinishedProject], interval: int, quiet: int, logs: Path):
+        self.projects, self.logs, self.port = projects, logs, free_port()
+        self.home = dagster_home(projects[0].settings.data_path)
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._code: list[str] = []
+        for i, project in enumerate(projects):
+            code = logs / f"fast_definitions_{i}.py"
+            config = str(project.config)
+            code.write_text(CODE.format(config=config, interval=interval, quiet=quiet))
+            self._code += ["-f", str(code)]
 
     def start(self, name: str) -> None:
         """Start `daemon` or `webserver` as a session of its own, as a service manager does."""
         commands = {
-            "daemon": ["dagster._daemon", "run", "-f", str(self._code)],
-            "webserver": ["dagster_webserver", "-h", "127.0.0.1", "-p", str(self.port), "-f",
-                          str(self._code)],
-        }  # fmt: skip
-        home = dagster_home(self.settings.data_path)
+            "daemon": ["dagster._daemon", "run"],
+            "webserver": ["dagster_webserver", "-h", "127.0.0.1", "-p", str(self.port)],
+        }
         with open(self.logs / f"{name}.log", "ab") as sink:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *commands[name]],
+                [sys.executable, "-m", *commands[name], *self._code],
                 cwd=self.logs,
-                env=os.environ | {"DAGSTER_HOME": str(home), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"DAGSTER_HOME": str(self.home), "OMP_NUM_THREADS": "1"},
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
@@ -95,29 +128,6 @@ class RunningProject:
         """Whether both run."""
         return all(process.poll() is None for process in self._processes.values())
 
-    def open_runs(self, instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
-        """Runs that haven't ended."""
-        return instance.get_runs(dg.RunsFilter(statuses=OPEN))
-
-    def kill_a_run(self, instance: dg.DagsterInstance) -> str | None:
-        """SIGKILL the process of an open run; its id, or None where none is open."""
-        for run in self.open_runs(instance):
-            tag = run.tags.get(PROCESS_TAG)
-            if tag and run.status == dg.DagsterRunStatus.STARTED:
-                try:
-                    os.kill(int(tag.rsplit(":", 2)[1]), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                return run.run_id
-        return None
-
-    def is_settled(self, instance: dg.DagsterInstance) -> bool:
-        """Whether the pool was read as it is now and nothing is stale or under way."""
-        if observed_version(instance, LIVE_POOL) != pool_fingerprint(self.settings.live_path):
-            return False
-        found = stale_assets(self.defs, instance, LIVE_SIDE)
-        return not found.reasons and not self.open_runs(instance)
-
     def resident(self) -> dict[str, float]:
         """Megabytes of the daemon, the webserver and all below them that isn't a run."""
         return {
@@ -127,16 +137,36 @@ class RunningProject:
         }
 
 
+def open_runs(instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
+    """Runs that haven't ended."""
+    return instance.get_runs(dg.RunsFilter(statuses=OPEN))
+
+
+def kill_a_run(instance: dg.DagsterInstance) -> str | None:
+    """SIGKILL the process of an open run; its id, or None where none is open."""
+    for run in open_runs(instance):
+        tag = run.tags.get(PROCESS_TAG)
+        if tag and run.status == dg.DagsterRunStatus.STARTED:
+            try:
+                os.kill(int(tag.rsplit(":", 2)[1]), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            return run.run_id
+    return None
+
+
 @contextmanager
-def running(config: Path, *, interval: int, quiet: int, logs: Path) -> Iterator[RunningProject]:
-    """Start a finished project's daemon and webserver; both are gone afterwards."""
-    project = RunningProject(config, interval=interval, quiet=quiet, logs=logs)
+def running(
+    projects: Sequence[FinishedProject], *, interval: int, quiet: int, logs: Path
+) -> Iterator[Services]:
+    """Start the daemon and webserver of finished projects; both are gone afterwards."""
+    services = Services(projects, interval, quiet, logs)
     try:
-        project.start("daemon")
-        project.start("webserver")
-        yield project
+        services.start("daemon")
+        services.start("webserver")
+        yield services
     finally:
-        project.stop()
+        services.stop()
 
 
 def wait_until(what: Callable[[], bool], seconds: float, every: float = 1.0) -> bool:
@@ -147,22 +177,6 @@ def wait_until(what: Callable[[], bool], seconds: float, every: float = 1.0) -> 
             return True
         time.sleep(every)
     return what()
-
-
-def true_recommendation(config: Path, scratch: Path) -> str:
-    """Digest of the recommendation that a copy of the project makes of the pool from scratch."""
-    copy = scratch / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(config.parent, copy, ignore=shutil.ignore_patterns("dagster_home", "scratch"))
-    settings = load_settings(copy / config.name)
-    with ensure_instance(settings.data_path) as instance:
-        refresh(build_definitions(copy / config.name), instance, LIVE_SIDE)
-    return recommendation(settings)
-
-
-def recommendation(settings: Settings) -> str:
-    """Digest of the recommendation that stands."""
-    return content_digest(read_value(Path(settings.assets_root) / "recommended_mixture.parquet"))
 
 
 def free_port() -> int:

@@ -1,0 +1,117 @@
+"""The sensor that starts what the conditions forgot.
+
+A condition counts a change as handled once its asset is made: a change that comes while the asset
+is being made is lost, and so is one whose run failed. This sensor asks what is stale, as the daily
+schedule does. It acts only where nothing ran and nothing changed for a few looks, and once for each
+state of the inputs, so it never races the conditions and never repeats a run that fails.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import dagster as dg
+
+from causalmix_pipeline.automation.conditions import LIVE_SIDE
+from causalmix_pipeline.automation.jobs import refresh_job
+from causalmix_pipeline.automation.staleness import Staleness, newest_event, stale_assets
+from causalmix_pipeline.resources.live_pools import live_pools
+from causalmix_pipeline.resources.settings import Settings
+
+#: Looks in a row at which the same must be stale.
+LOOKS = 3
+
+_OPEN = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+def look_for_stale(
+    instance: dg.DagsterInstance, settings: Settings, defs: dg.Definitions, cursor: str | None
+) -> dg.SensorResult:
+    """Look once; ask for a refresh of each pool for which the same has been stale for long enough.
+
+    Args:
+        instance: keeps runs and what was made.
+        settings: the live pools.
+        defs: the definitions.
+        cursor: what the last look left, or None.
+
+    Returns:
+        A run for each such pool, or why there is none; the new cursor.
+    """
+    if instance.get_runs(dg.RunsFilter(statuses=_OPEN), limit=1):
+        return dg.SensorResult(skip_reason="A run is at work.", cursor="{}")
+    before, seen, requests = _read(cursor), {}, []
+    for pool in live_pools(settings):
+        found = stale_assets(defs, instance, LIVE_SIDE, pool=pool.name)
+        if not found.reasons or not _is_possible(instance, defs, pool.name):
+            continue
+        state = _state(instance, defs, found, pool.name)
+        seen[state] = before.get(state, 0) + 1
+        if seen[state] == LOOKS:
+            keys = [*found.reasons, *found.maybe]
+            requests.append(
+                dg.RunRequest(run_key=state, asset_selection=keys, partition_key=pool.name)
+            )
+    skip = "Something is stale; the conditions come first." if seen else "Nothing is stale."
+    return dg.SensorResult(
+        requests, skip_reason=None if requests else skip, cursor=json.dumps(seen)
+    )
+
+
+def _is_possible(instance: dg.DagsterInstance, defs: dg.Definitions, pool: str | None) -> bool:
+    """Whether everything from outside that the live side is made of is there."""
+    graph = defs.resolve_asset_graph()
+    live = LIVE_SIDE.resolve(graph)
+    outside = {parent for key in live for parent in graph.get(key).parent_keys} - live
+    return all(newest_event(instance, graph, key, pool) for key in outside)
+
+
+def _state(
+    instance: dg.DagsterInstance, defs: dg.Definitions, found: Staleness, pool: str | None
+) -> str:
+    """What is stale and of which inputs; 16 hex digits, others after each event of an input."""
+    graph = defs.resolve_asset_graph()
+    rows = [
+        [key.to_user_string(), reason]
+        + [newest_event(instance, graph, one, pool) for one in sorted(graph.get(key).parent_keys)]
+        for key, reason in found.reasons.items()
+    ]
+    return hashlib.sha256(json.dumps([pool, rows]).encode()).hexdigest()[:16]
+
+
+def _read(cursor: str | None) -> dict[str, int]:
+    """Looks at which each state was seen; none if the cursor is damaged."""
+    try:
+        return {str(state): int(looks) for state, looks in json.loads(cursor or "{}").items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def make_catch_up_sensor(
+    settings: Settings, get_defs: Callable[[], dg.Definitions]
+) -> dg.SensorDefinition:
+    """The sensor, which looks as often as the pool sensor does.
+
+    Args:
+        settings: the live pools.
+        get_defs: returns the definitions the sensor is part of.
+    """
+
+    @dg.sensor(
+        name="catch_up",
+        job=refresh_job,
+        minimum_interval_seconds=settings.automation.sensor_interval_seconds,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Refreshes what is stale on the live side though nothing has run for a while: "
+        "changes that came while their asset was being made. Trains no proxy.",
+    )
+    def catch_up(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        return look_for_stale(context.instance, settings, get_defs(), context.cursor)
+
+    return catch_up
