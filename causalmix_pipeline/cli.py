@@ -123,14 +123,13 @@ def fetch_scorer(config: ConfigOption = None) -> None:
 @app.command()
 def covariates(config: ConfigOption = None) -> None:
     """Try which covariates help, on the proxy runs at hand; trains no proxy."""
-    import dagster as dg
-
     from causalmix_pipeline.console import choice_table
+    from causalmix_pipeline.resources.asset_keys import assets_named
     from causalmix_pipeline.workspace import open_workspace
 
     out = console()
     with open_workspace(config, out) as work:
-        work.bring_up_to_date(dg.AssetSelection.assets("covariate_choice"))
+        work.bring_up_to_date(assets_named("covariate_choice"))
         choice = work.value("covariate_choice")
     out.print(choice_table(choice))
     for row in choice["collinear"]:
@@ -151,8 +150,6 @@ def plan(
     ] = False,
 ) -> None:
     """Say what the proxy runs cost and what they can tell, before they are trained."""
-    import dagster as dg
-
     from causalmix_pipeline.assets.design import specs_of
     from causalmix_pipeline.assets.plan import (
         budget_breaches,
@@ -163,12 +160,13 @@ def plan(
         price_runs,
     )
     from causalmix_pipeline.console import plan_table
+    from causalmix_pipeline.resources.asset_keys import assets_named
     from causalmix_pipeline.resources.project import Project
     from causalmix_pipeline.workspace import open_workspace
 
     out = console()
     with open_workspace(config, out) as work:
-        work.bring_up_to_date(dg.AssetSelection.assets("mixture_design").upstream())
+        work.bring_up_to_date(assets_named("mixture_design").upstream())
         project = Project(config_file=str(work.config_file.resolve()))
         design = work.value("mixture_design")
         specs = specs_of(project, design)

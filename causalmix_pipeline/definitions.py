@@ -20,7 +20,7 @@ from causalmix_pipeline.assets import (
 from causalmix_pipeline.automation.alerts import make_alert_sensor, make_run_failure_sensor
 from causalmix_pipeline.automation.catch_up import make_catch_up_sensor
 from causalmix_pipeline.automation.conditions import with_live_condition
-from causalmix_pipeline.automation.dead_runs import dead_runs
+from causalmix_pipeline.automation.dead_runs import make_dead_run_sensor
 from causalmix_pipeline.automation.imported_tables import (
     table_jobs,
     table_sensors,
@@ -73,7 +73,12 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         )
         if isinstance(asset, dg.AssetsDefinition)
         else asset
-        for asset in dg.load_assets_from_modules(modules, include_specs=True)
+        for asset in dg.load_assets_from_modules(
+            modules,
+            include_specs=True,
+            key_prefix=settings.project,
+            source_key_prefix=settings.project,  # of specs
+        )
         if isinstance(asset, dg.AssetsDefinition | dg.AssetSpec)
     ]
     built: list[dg.Definitions] = []
@@ -83,7 +88,10 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
                 lambda spec: with_upkeep(spec, settings), [*assets, *table_specs(settings)]
             )
         ),
-        asset_checks=dg.load_asset_checks_from_modules(modules),
+        asset_checks=[
+            *dg.load_asset_checks_from_modules(modules, settings.project),
+            proxy.make_unigram_check(settings),
+        ],
         jobs=[
             experiment_job,
             refresh_job,
@@ -99,7 +107,7 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
             make_condition_sensor(settings),
             make_catch_up_sensor(settings, lambda: built[0]),
             make_run_failure_sensor(settings),
-            dead_runs,
+            make_dead_run_sensor(settings),
             make_alert_sensor(settings, lambda: built[0].resolve_asset_graph().asset_check_keys),
             *table_sensors(settings, lambda: built[0]),
         ],

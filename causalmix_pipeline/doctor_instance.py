@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.scheduler.instigation import InstigatorState
 from dagster._core.storage.dagster_run import RunRecord
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -321,7 +322,8 @@ def check_definitions(
     repository = defs.get_repository_def()
     known = {thing.name for thing in (*repository.sensor_defs, *repository.schedule_defs)}
     states = instance.all_instigator_state()
-    off = sorted({s.name for s in states if s.status.value == "STOPPED"} & known)
+    stopped = [s for s in states if s.status.value == "STOPPED" and s.name in known]
+    off = sorted({_name_of(s, settings) for s in stopped})
     if off:
         detail = f"{', '.join(off)} are switched off: switch them on in the UI, under Automation"
         yield Finding("sensors", "warning", detail)
@@ -335,3 +337,11 @@ def check_definitions(
     if older:
         detail = f"made by other code or with other settings: {', '.join(older)}; causalmix status"
         yield Finding("values", "warning", detail)
+
+
+def _name_of(state: InstigatorState, settings: Settings) -> str:
+    """A sensor's name, and where it is: projects that share an instance have the same sensors."""
+    if settings.project is None:
+        return state.name
+    origin = state.origin.repository_origin.code_location_origin
+    return f"{state.name} of {origin.location_name}"

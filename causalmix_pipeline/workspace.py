@@ -22,6 +22,7 @@ from causalmix_pipeline.automation.staleness import (
 )
 from causalmix_pipeline.console import Work, progress_line
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError, PoolError
+from causalmix_pipeline.resources.asset_keys import asset_key, assets_named
 from causalmix_pipeline.resources.frame_store import value_path
 from causalmix_pipeline.resources.instance import close_dead_runs, ensure_instance
 from causalmix_pipeline.resources.live_pools import settle_partitions
@@ -78,7 +79,9 @@ class Workspace:
             FileNotFoundError: if it was never made.
             PoolError: if its file was damaged.
         """
-        return read_value(value_path(self.settings.assets_root, dg.AssetKey(asset), pool))
+        return read_value(
+            value_path(self.settings.assets_root, asset_key(self.settings, asset), pool)
+        )
 
     def n_proxy_runs(self) -> int:
         """Finished proxy runs in the run store."""
@@ -88,9 +91,7 @@ class Workspace:
         """What a refresh may make: everything that needs no request, or the live side."""
         from causalmix_pipeline.automation.conditions import LIVE_SIDE
 
-        return LIVE_SIDE if live_only else dg.AssetSelection.all() - dg.AssetSelection.assets(
-            *ON_REQUEST
-        )  # fmt: skip
+        return LIVE_SIDE if live_only else dg.AssetSelection.all() - assets_named(*ON_REQUEST)
 
     @property
     def pools(self) -> list[str | None]:
@@ -115,7 +116,7 @@ class Workspace:
         Returns:
             Names of the assets that were made, in order.
         """
-        if observed_version(self.instance, EXPERIMENT_POOL) is None:
+        if observed_version(self.instance, asset_key(self.settings, EXPERIMENT_POOL)) is None:
             # Adopted once; later changes of it need a person (the job adopt_experiment_pool).
             observe_pool(self.instance, self.settings, EXPERIMENT_POOL)
         if pool in self.pools:
@@ -206,7 +207,7 @@ class Workspace:
             state = stale[0] if stale else "up to date"
         except PoolError as error:
             state = f"can't be read: {error}"
-        made = last_made(self.instance, dg.AssetKey("recommended_mixture"), pool)
+        made = last_made(self.instance, asset_key(self.settings, "recommended_mixture"), pool)
         row = {"pool": pool, "state": state, "made": made and made.timestamp}
         try:
             return row | {"recommended": self.value("recommended_mixture", pool)}
@@ -258,7 +259,7 @@ def open_workspace(
     ):
         from causalmix_pipeline.definitions import build_definitions
 
-        closed = close_dead_runs(instance)
+        closed = close_dead_runs(instance, settings)
         if closed:
             console.print(
                 f"Closed {len(closed)} run{'s' if len(closed) > 1 else ''} whose process was "

@@ -7,6 +7,8 @@ import polars as pl
 
 from causalmix_pipeline.core.covariates import LANGUAGE_PREFIX, base_of
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.resources.asset_keys import asset_key
+from causalmix_pipeline.resources.settings import Settings
 
 #: Baselines that are found from the outcomes of the runs.
 _FROM_RUNS = ("grid", "regmix", "log_linear", "dmo")
@@ -23,11 +25,16 @@ _OF_DOMAIN = {
 }
 
 
-def lineage_metadata(deps: Mapping[str, Iterable[tuple[str, str]]]) -> dict[str, dg.MetadataValue]:
+def lineage_metadata(
+    settings: Settings, deps: Mapping[str, Iterable[tuple[str, str]]]
+) -> dict[str, dg.MetadataValue]:
     """The metadata entry that says which (asset, column) pairs each column comes from."""
     lineage = dg.TableColumnLineage(
         {
-            column: [dg.TableColumnDep(asset, name) for asset, name in dict.fromkeys(pairs)]
+            column: [
+                dg.TableColumnDep(asset_key(settings, asset), name)
+                for asset, name in dict.fromkeys(pairs)
+            ]
             for column, pairs in deps.items()
         }
     )
@@ -35,7 +42,7 @@ def lineage_metadata(deps: Mapping[str, Iterable[tuple[str, str]]]) -> dict[str,
 
 
 def live_covariates_lineage(
-    covariates: pl.DataFrame, documents: pl.DataFrame
+    settings: Settings, covariates: pl.DataFrame, documents: pl.DataFrame
 ) -> dict[str, dg.MetadataValue]:
     """Each covariate from its metric of the documents, weighted by their tokens."""
     deps = {}
@@ -47,10 +54,12 @@ def live_covariates_lineage(
         else:
             names = (base_of(name), "n_tokens", "copies")
         deps[name] = [("live_documents", n) for n in names if n in documents.columns]
-    return lineage_metadata(deps)
+    return lineage_metadata(settings, deps)
 
 
-def run_table_lineage(runs: RunTable, proxy_runs: pl.DataFrame) -> dict[str, dg.MetadataValue]:
+def run_table_lineage(
+    settings: Settings, runs: RunTable, proxy_runs: pl.DataFrame
+) -> dict[str, dg.MetadataValue]:
     """Shares from the design, covariates from the states, outcomes from the proxy runs."""
     deps: dict[str, list[tuple[str, str]]] = {
         "run_id": [("proxy_runs", "proxy_run_id")],
@@ -64,11 +73,11 @@ def run_table_lineage(runs: RunTable, proxy_runs: pl.DataFrame) -> dict[str, dg.
     for task in runs.tasks:
         names = (f"{kind}__{task}" for kind in ("bits_per_byte", "score"))
         deps[f"outcome__{task}"] = [("proxy_runs", n) for n in names if n in proxy_runs.columns]
-    return lineage_metadata(deps)
+    return lineage_metadata(settings, deps)
 
 
 def baselines_lineage(
-    baselines: pl.DataFrame, runs: RunTable, reference: str
+    settings: Settings, baselines: pl.DataFrame, runs: RunTable
 ) -> dict[str, dg.MetadataValue]:
     """The natural mixture from the live pool, those that are fitted from the runs."""
     fitted = [("run_table", f"share__{domain}") for domain in runs.domains]
@@ -76,16 +85,16 @@ def baselines_lineage(
 
     def deps_of(name: str) -> list[tuple[str, str]]:
         if name == "reference":
-            return deps_of(reference)
+            return deps_of(settings.policy.reference)
         if name == "natural":
             return [("live_covariates", "natural_share")]
         return fitted if name in _FROM_RUNS else [("live_covariates", "domain")]
 
-    return lineage_metadata({name: deps_of(name) for name in baselines.columns})
+    return lineage_metadata(settings, {name: deps_of(name) for name in baselines.columns})
 
 
-def export_lineage(manifest: pl.DataFrame) -> dict[str, dg.MetadataValue]:
+def export_lineage(settings: Settings, manifest: pl.DataFrame) -> dict[str, dg.MetadataValue]:
     """Every column from the live documents; copies by the tokens that the mixture asks for."""
     deps = {name: [("live_documents", name)] for name in manifest.columns}
     deps["copies"] = [("live_documents", name) for name in ("copies", "domain", "n_tokens")]
-    return lineage_metadata(deps)
+    return lineage_metadata(settings, deps)

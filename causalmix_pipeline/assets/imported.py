@@ -21,10 +21,19 @@ from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import ImportedRuns, Settings
 
 
-def make_imported_runs(deps: Sequence[dg.AssetKey] = ()) -> dg.AssetsDefinition:
-    """The asset of runs made elsewhere, which may depend on an asset that stands for its files."""
+def make_imported_runs(
+    deps: Sequence[dg.AssetKey] = (), project: str | None = None
+) -> dg.AssetsDefinition:
+    """The asset of runs made elsewhere, which may depend on an asset that stands for its files.
+
+    Args:
+        deps: what stands for the files.
+        project: name in front of the asset's key and of its inputs'.
+    """
     asset = dg.asset(
         name="imported_runs",
+        key_prefix=project,
+        ins={"mixture_design": dg.AssetIn(key_prefix=project)},
         dagster_type=FRAME,
         group_name="experiment",
         kinds={"polars"},

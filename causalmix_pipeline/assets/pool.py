@@ -43,6 +43,7 @@ from causalmix_pipeline.core.covariates import (
 )
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.pool_change import compare_profiles
+from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.live_pools import LivePool, pool_of_run
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observed_version
@@ -90,7 +91,8 @@ with warnings.catch_warnings():
         """The content of the live pool."""
         location = pool_of_run(context, project.settings).location
         version = dg.DataVersion(pool_fingerprint(location))
-        yield dg.ObserveResult(asset_key=LIVE_POOL, data_version=version)
+        key = asset_key(project.settings, LIVE_POOL)
+        yield dg.ObserveResult(asset_key=key, data_version=version)
 
 
 def adopted_pool(context: dg.AssetExecutionContext, project: Project) -> PoolSpec:
@@ -100,7 +102,7 @@ def adopted_pool(context: dg.AssetExecutionContext, project: Project) -> PoolSpe
         PoolError: if its content isn't what was observed last.
     """
     location = project.settings.experiment_path
-    adopted = observed_version(context.instance, EXPERIMENT_POOL)
+    adopted = observed_version(context.instance, asset_key(project.settings, EXPERIMENT_POOL))
     if adopted is not None and pool_fingerprint(location) != adopted:
         raise PoolError(
             f"pools.experiment ({location}) must be the pool that was adopted, got other content: "
@@ -370,7 +372,7 @@ def live_covariates(
             "covariates": by_domain_table(
                 domains, {name: frame[name].to_list() for name in shown}, "covariate"
             ),
-            **live_covariates_lineage(frame, live_documents),
+            **live_covariates_lineage(project.settings, frame, live_documents),
         },
         check_results=[
             dg.AssetCheckResult(

@@ -21,9 +21,11 @@ from causalmix_pipeline.assets.pictures import (
 from causalmix_pipeline.assets.plan import refuse_over_budget
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
+from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.frame_store import FRAME
 from causalmix_pipeline.resources.progress import TrainingProgress
 from causalmix_pipeline.resources.project import Project
+from causalmix_pipeline.resources.settings import Settings
 
 #: Dagster's concurrency pool of training steps: one at a time (`dagster.yaml`).
 TRAINING_POOL = "proxy_training"
@@ -85,7 +87,7 @@ def train_proxy_runs(
     specs = [spec for spec in specs_of(project, mixture_design) if spec.key in wanted]
     domains = domains_of(mixture_design)
     progress = train_watched(
-        context, project, specs, asset=dg.AssetKey("proxy_runs"), domains=domains
+        context, project, specs, asset=asset_key(project.settings, "proxy_runs"), domains=domains
     )
     context.add_output_metadata(training_figures(progress, domains))
     return {"trained": progress.done, "tokens per second": progress.tokens_per_second}
@@ -161,7 +163,7 @@ def collect_proxy_runs(
     frame = records_frame(records, mixture_design)
     context.log.info(f"proxy runs trained: {trained['trained']}")
     version = content_digest(frame.drop("cpu_seconds"))
-    context.set_data_version(dg.AssetKey("proxy_runs"), dg.DataVersion(version))
+    context.set_data_version(asset_key(project.settings, "proxy_runs"), dg.DataVersion(version))
     return dg.Output(
         frame,
         metadata={
@@ -323,12 +325,22 @@ def few_diverged(proxy_runs: pl.DataFrame) -> dg.AssetCheckResult:
     )
 
 
-@dg.asset_check(
-    asset=proxy_runs,
-    additional_ins={"eval_tasks": dg.AssetIn(), "tokenizer": dg.AssetIn()},
-    description="Every proxy run ends training a nat a token below the entropy of the pool's "
-    "tokens: above that, it has learned only how often tokens occur.",
-)
+def make_unigram_check(settings: Settings) -> dg.AssetChecksDefinition:
+    """The check that proxies learned more than how often tokens occur.
+
+    Made for a project's keys: Dagster's loader puts no name in front of additional inputs.
+    """
+    names = ("eval_tasks", "tokenizer")
+    check = dg.asset_check(
+        name="past_the_unigram_regime",
+        asset=asset_key(settings, "proxy_runs"),
+        additional_ins={name: dg.AssetIn(key=asset_key(settings, name)) for name in names},
+        description="Every proxy run ends training a nat a token below the entropy of the pool's "
+        "tokens: above that, it has learned only how often tokens occur.",
+    )
+    return check(past_the_unigram_regime)
+
+
 def past_the_unigram_regime(
     proxy_runs: pl.DataFrame, eval_tasks: dict, tokenizer: dict
 ) -> dg.AssetCheckResult:
@@ -404,6 +416,6 @@ def run_table(
                 ]
             ),
             **found,
-            **run_table_lineage(runs, proxy_runs),
+            **run_table_lineage(project.settings, runs, proxy_runs),
         },
     )

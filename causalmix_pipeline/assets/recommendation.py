@@ -90,7 +90,7 @@ def baseline_mixtures(
                 {name: frame[name].to_list() for name in frame.columns[1:]},
                 "mixture",
             ),
-            **baselines_lineage(frame, runs, settings.policy.reference),
+            **baselines_lineage(settings, frame, runs),
         },
         check_results=[
             simplex_check("baselines_sum_to_one", [frame[name].to_numpy() for name in mixtures])
@@ -370,7 +370,7 @@ def training_export(
             "documents": float(manifest.height),
             "tokens": float((manifest["n_tokens"] * manifest["copies"]).sum()),
             "domains": markdown_table(export_rows(export)),
-            **export_lineage(manifest),
+            **export_lineage(project.settings, manifest),
             "folder": dg.MetadataValue.path(str(folder)),
         },
     )

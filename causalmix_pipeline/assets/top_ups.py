@@ -32,6 +32,7 @@ from causalmix_pipeline.core.top_up import (
     top_up_frame,
     top_up_name,
 )
+from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.live_pools import pool_of_run
 from causalmix_pipeline.resources.project import Project
 
@@ -241,7 +242,7 @@ def train_top_up_runs(
     keep_top_up_plan(project.folder("top_ups"), plan)
     domains = domains_of(mixture_design)
     progress = train_watched(
-        context, project, specs, asset=dg.AssetKey("top_up_runs"), domains=domains
+        context, project, specs, asset=asset_key(project.settings, "top_up_runs"), domains=domains
     )
     context.add_output_metadata(training_figures(progress, domains))
 
@@ -261,7 +262,7 @@ def collect_top_ups(
     runs = RunTable.from_frame(run_table)
     found = collect_top_up_runs(project, mixture_design, runs, normaliser["scorers"])
     version = content_digest(found.frame)
-    context.set_data_version(dg.AssetKey("top_up_runs"), dg.DataVersion(version))
+    context.set_data_version(asset_key(project.settings, "top_up_runs"), dg.DataVersion(version))
     return dg.Output(
         found.frame,
         metadata={

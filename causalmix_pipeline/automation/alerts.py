@@ -16,11 +16,10 @@ from causalmix_pipeline.automation.partitions import OF_A_POOL
 from causalmix_pipeline.automation.staleness import last_made
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.resources.alert_channels import AlertLog, deliver_waiting, now, plain
+from causalmix_pipeline.resources.asset_keys import asset_key, is_own_run
 from causalmix_pipeline.resources.frame_store import value_path
 from causalmix_pipeline.resources.observation import DATA_VERSION_TAG
 from causalmix_pipeline.resources.settings import Settings
-
-MIXTURE = dg.AssetKey("recommended_mixture")
 
 #: Verdicts that somebody must hear of, and what each means.
 BAD_VERDICTS = {
@@ -211,7 +210,8 @@ def verdict_alert(
     Returns:
         The alert, if there is one, and what was seen.
     """
-    record = last_made(instance, MIXTURE, pool)
+    key = asset_key(settings, "recommended_mixture")
+    record = last_made(instance, key, pool)
     if record is None or (seen and record.storage_id == seen["id"]):
         return None, dict(seen or {"id": 0, "verdict": None})
     event = record.asset_materialization
@@ -229,11 +229,11 @@ def verdict_alert(
         settings,
         "verdict",
         f"{record.run_id}:{record.storage_id}",
-        f"The verdict of {MIXTURE.to_user_string()}{_of(pool)} turned from {before or 'none'} to "
+        f"The verdict of {key.to_user_string()}{_of(pool)} turned from {before or 'none'} to "
         f"{verdict}: "
         f"{BAD_VERDICTS[verdict]}{offer}.",
         run_id=record.run_id or None,
-        asset=MIXTURE.to_user_string(),
+        asset=key.to_user_string(),
         details={"before": before, "verdict": verdict} | _named(pool) | details,
     )
     return alert, found
@@ -242,7 +242,8 @@ def verdict_alert(
 def _top_up(settings: Settings, version: str | None, pool: str | None) -> dict[str, Any]:
     """The top-up plan of the recommendation of a data version, or why it can't be told."""
     try:
-        value = read_value(value_path(settings.assets_root, MIXTURE, pool))
+        key = asset_key(settings, "recommended_mixture")
+        value = read_value(value_path(settings.assets_root, key, pool))
     except (OSError, PoolError) as error:
         return {"top_up": None, "top_up_missing": f"the recommendation can't be read: {error}"}
     if version is not None and content_digest(value) != version:
@@ -298,6 +299,8 @@ def make_run_failure_sensor(settings: Settings) -> dg.SensorDefinition:
         description="Writes an alert into data/alerts.jsonl for each failed run. Starts no run.",
     )
     def run_failure_alerts(context: dg.RunFailureSensorContext) -> None:
+        if not is_own_run(settings, context.dagster_run):
+            return
         steps = {str(e.step_key): _error_of(e) for e in context.get_step_failure_events()}
         message = context.failure_event.message or ""
         alert_log(settings).write(run_alert(settings, context.dagster_run, message, steps))

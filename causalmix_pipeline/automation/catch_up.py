@@ -15,6 +15,7 @@ import dagster as dg
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
 from causalmix_pipeline.automation.jobs import refresh_job
 from causalmix_pipeline.automation.staleness import Staleness, newest_event, stale_assets
+from causalmix_pipeline.resources.asset_keys import is_own_run
 from causalmix_pipeline.resources.live_pools import live_pools
 from causalmix_pipeline.resources.settings import Settings
 
@@ -44,7 +45,8 @@ def look_for_stale(
     Returns:
         A run for each such pool, or why there is none; the new cursor.
     """
-    if instance.get_runs(dg.RunsFilter(statuses=_OPEN), limit=1):
+    at_work = instance.get_runs(dg.RunsFilter(statuses=_OPEN))
+    if any(is_own_run(settings, run) for run in at_work):
         return dg.SensorResult(skip_reason="A run is at work.", cursor="{}")
     before, seen, requests = _read(cursor), {}, []
     for pool in live_pools(settings):

@@ -2,6 +2,8 @@
 
 import dagster as dg
 
+from causalmix_pipeline.resources.asset_keys import assets_named
+
 #: Everything that a change of the live pool reaches by itself, and nothing that trains a proxy:
 #: `top_up_runs` only collects, unless its run carries a tag.
 LIVE_SIDE_NAMES = (
@@ -14,7 +16,7 @@ LIVE_SIDE_NAMES = (
     "training_export",
     "report",
 )
-LIVE_SIDE = dg.AssetSelection.assets(*LIVE_SIDE_NAMES)
+LIVE_SIDE = assets_named(*LIVE_SIDE_NAMES)
 
 #: Tags of its runs: after a day one hangs, and is ended. Training may take as long as the instance
 #: allows, a week.

@@ -23,9 +23,11 @@ from causalmix_pipeline.assets.imported import make_imported_runs
 from causalmix_pipeline.automation.jobs import EXPERIMENT_SIDE
 from causalmix_pipeline.automation.sensors import Seen
 from causalmix_pipeline.automation.staleness import stale_assets
+from causalmix_pipeline.resources.asset_keys import asset_key, assets_named, is_own_run
 from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
 from causalmix_pipeline.resources.settings import Settings
 
+#: Without a project's name in front; see `asset_key`.
 IMPORTED_TABLES = dg.AssetKey("imported_tables")
 IMPORTED_RUNS = dg.AssetKey("imported_runs")
 
@@ -34,7 +36,7 @@ REACHED = ("imported_runs", "run_table", "cate_model", "cate_checks", "cate_inte
 
 use_imported_runs_job = dg.define_asset_job(
     "use_imported_runs",
-    selection=dg.AssetSelection.assets(*REACHED),
+    selection=assets_named(*REACHED),
     description="Reads the imported tables again and fits the effects; trains no proxy.",
 )
 
@@ -53,7 +55,7 @@ def table_specs(settings: Settings) -> list[dg.AssetSpec]:
         return []
     return [
         dg.AssetSpec(
-            IMPORTED_TABLES,
+            asset_key(settings, IMPORTED_TABLES),
             group_name="experiment",
             kinds={"file"},
             description="The tables of runs made elsewhere that `imported_runs` in the settings "
@@ -65,10 +67,10 @@ def table_specs(settings: Settings) -> list[dg.AssetSpec]:
 
 def with_tables(asset: dg.AssetsDefinition, settings: Settings) -> dg.AssetsDefinition:
     """The asset; `imported_runs` depends on the tables where there are any."""
-    if not settings.imported_runs or IMPORTED_RUNS not in asset.keys:
+    if not settings.imported_runs or asset_key(settings, IMPORTED_RUNS) not in asset.keys:
         return asset
     # Dagster 1.13 can't add a dependency to an asset that takes values as inputs.
-    return make_imported_runs([IMPORTED_TABLES])
+    return make_imported_runs([asset_key(settings, IMPORTED_TABLES)], settings.project)
 
 
 def table_paths(settings: Settings) -> dict[str, Path]:
@@ -112,7 +114,7 @@ def make_table_observation(settings: Settings, version: str) -> dg.AssetObservat
     """Say what the tables hold now."""
     sizes = [path.stat().st_size for path in table_paths(settings).values()]
     return dg.AssetObservation(
-        IMPORTED_TABLES,
+        asset_key(settings, IMPORTED_TABLES),
         tags={DATA_VERSION_TAG: version},
         metadata={"files": len(sizes), "megabytes": round(sum(sizes) / 1e6, 3)},
     )
@@ -127,7 +129,7 @@ def observe_tables(instance: dg.DagsterInstance, settings: Settings) -> bool:
         return False
     try:
         version = tables_version(settings)
-        if version == observed_version(instance, IMPORTED_TABLES):
+        if version == observed_version(instance, asset_key(settings, IMPORTED_TABLES)):
             return False
         instance.report_runless_asset_event(make_table_observation(settings, version))
     except FileNotFoundError:
@@ -165,13 +167,14 @@ def look_at_tables(
     if waiting is None:
         return _skip("The tables are as before.", seen, None)
     found = stale_assets(get_defs(), instance, EXPERIMENT_SIDE)
-    if IMPORTED_RUNS not in found.reasons:
+    imported = asset_key(settings, IMPORTED_RUNS)
+    if imported not in found.reasons:
         return _skip("The tables were read meanwhile.", seen, None)
-    others = sorted(key.to_user_string() for key in found.reasons if key != IMPORTED_RUNS)
+    others = sorted(key.to_user_string() for key in found.reasons if key != imported)
     if others:
         told = f"{', '.join(others)} must be made first; the job experiment then reads the tables."
         return _skip(told, seen, waiting)
-    busy = _run_at_work(instance, get_defs())
+    busy = _run_at_work(instance, settings, get_defs())
     if busy is not None:
         return _skip(f"Run {busy} is at work on the experiment side.", seen, waiting)
     return dg.SensorResult([dg.RunRequest(run_key=waiting)], cursor=_write(seen, None))
@@ -190,7 +193,7 @@ def _look_closer(
         seen.stat = ""
         return _skip("The tables changed while they were read.", seen, waiting)
     seen.done = seen.stat
-    if version == observed_version(instance, IMPORTED_TABLES):
+    if version == observed_version(instance, asset_key(settings, IMPORTED_TABLES)):
         return _skip("Tables were written again with the same content.", seen, waiting)
     # The time, since tables may become what they were, and a run key is used once.
     cursor = _write(seen, f"{version}-{int(now)}")
@@ -198,10 +201,14 @@ def _look_closer(
     return dg.SensorResult(asset_events=[event], cursor=cursor)
 
 
-def _run_at_work(instance: dg.DagsterInstance, defs: dg.Definitions) -> str | None:
+def _run_at_work(
+    instance: dg.DagsterInstance, settings: Settings, defs: dg.Definitions
+) -> str | None:
     """A run that makes something of the experiment side, or whose job doesn't say what."""
     keys = EXPERIMENT_SIDE.resolve(defs.resolve_asset_graph())
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        if not is_own_run(settings, run):
+            continue
         if run.asset_selection is None or run.asset_selection & keys:
             return run.run_id
     return None

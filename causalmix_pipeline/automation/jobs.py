@@ -5,6 +5,7 @@ import dagster as dg
 from causalmix_pipeline.assets.top_ups import TOP_UP_TAG
 from causalmix_pipeline.automation.conditions import LIVE_RUN_TAGS, LIVE_SIDE
 from causalmix_pipeline.automation.staleness import stale_assets
+from causalmix_pipeline.resources.asset_keys import assets_named
 from causalmix_pipeline.resources.live_pools import live_pools, settle_partitions
 from causalmix_pipeline.resources.observation import (
     EXPERIMENT_POOL,
@@ -15,14 +16,14 @@ from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 
 #: From the pinned pool to the effect model: what proxy compute is spent on.
-COVARIATE_CHOICE = dg.AssetSelection.assets("covariate_choice")
+COVARIATE_CHOICE = assets_named("covariate_choice")
 
 EXPERIMENT_SIDE = dg.AssetSelection.groups("experiment", "effects") - COVARIATE_CHOICE
 
-VALIDATION = dg.AssetSelection.assets("validation_runs")
+VALIDATION = assets_named("validation_runs")
 
 #: What a top-up trains and reaches; the baselines rest on the experiment's own runs alone.
-TOP_UP = dg.AssetSelection.assets("top_up_runs", "recommended_mixture", "training_export", "report")
+TOP_UP = assets_named("top_up_runs", "recommended_mixture", "training_export", "report")
 
 experiment_job = dg.define_asset_job(
     "experiment",

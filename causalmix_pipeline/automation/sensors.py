@@ -16,6 +16,7 @@ from dagster import SensorResult
 
 from causalmix_pipeline.adapters.pool_files import pool_fingerprint
 from causalmix_pipeline.automation.conditions import LIVE_RUN_TAGS, LIVE_SIDE
+from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.live_pools import LivePool, live_pools, settle_partitions
 from causalmix_pipeline.resources.observation import (
     LIVE_POOL,
@@ -136,7 +137,7 @@ def _look(
     ends: float,
 ) -> dg.AssetObservation | str:
     """An observation of a pool, if it has new and quiet content, else what is to be said of it."""
-    quiet = settings.automation.quiet_seconds
+    quiet, key = settings.automation.quiet_seconds, asset_key(settings, LIVE_POOL)
     try:
         stat = pool_stat(pool.location)
         seen.look(stat, now, settings.automation.sensor_interval_seconds)
@@ -155,9 +156,9 @@ def _look(
         seen.stat = ""
         return f"{pool.title} changed while it was read; it is read once it's quiet."
     seen.done = stat
-    if version == observed_version(instance, LIVE_POOL, pool.name):
+    if version == observed_version(instance, key, pool.name):
         return f"{pool.title}: files were written again with the same content."
-    return make_observation(LIVE_POOL, pool.location, version, pool.name)
+    return make_observation(key, pool.location, version, pool.name)
 
 
 def make_pool_sensor(settings: Settings) -> dg.SensorDefinition:

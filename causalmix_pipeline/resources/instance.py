@@ -12,9 +12,10 @@ from pathlib import Path
 import dagster as dg
 
 from causalmix_pipeline.adapters.blobs import write_atomically
+from causalmix_pipeline.resources.asset_keys import is_own_run
 from causalmix_pipeline.resources.home_config import next_config
 from causalmix_pipeline.resources.postgres import require_postgres
-from causalmix_pipeline.resources.settings import Instance
+from causalmix_pipeline.resources.settings import Instance, Settings
 
 #: Tag of a run: host, process id and start time of the process that executes it.
 PROCESS_TAG = "causalmix/process"
@@ -116,14 +117,20 @@ def dead_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, str]]:
     return [(run, tag) for run, tag in tagged if tag is not None and not is_process_alive(tag)]
 
 
-def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
+def close_dead_runs(instance: dg.DagsterInstance, settings: Settings | None = None) -> list[str]:
     """Mark open runs whose process is gone as failed, and give their concurrency slots back.
+
+    Args:
+        instance: keeps the runs.
+        settings: the project whose runs are closed; None closes those of any.
 
     Returns:
         Ids of the runs that were closed.
     """
     closed = []
     for run, tag in dead_runs(instance):
+        if settings is not None and not is_own_run(settings, run):
+            continue
         instance.report_run_failed(
             run,
             f"The process of this run ({tag}) is gone: it was killed, or the machine restarted.",

@@ -11,7 +11,7 @@ import dagster as dg
 
 from causalmix_pipeline.resources.settings import Settings
 
-#: Name under which Dagster's instance keeps the names of pools.
+#: Name under which Dagster's instance keeps the names of pools; a project's name stands in front.
 PARTITIONS_NAME = "live_pools"
 
 
@@ -64,11 +64,16 @@ def pool_of_run(
     return live_pool(settings, context.partition_key if context.has_partition_key else None)
 
 
+def partitions_name(settings: Settings) -> str:
+    """Name under which Dagster's instance keeps the names of this project's pools."""
+    return f"{settings.project}/{PARTITIONS_NAME}" if settings.project else PARTITIONS_NAME
+
+
 def partitions_of(settings: Settings) -> dg.DynamicPartitionsDefinition | None:
     """The partitions of the live side; None with one pool."""
     if None in settings.live_pools:
         return None
-    return dg.DynamicPartitionsDefinition(name=PARTITIONS_NAME)
+    return dg.DynamicPartitionsDefinition(name=partitions_name(settings))
 
 
 def settle_partitions(instance: dg.DagsterInstance, settings: Settings) -> list[str]:
@@ -83,13 +88,14 @@ def settle_partitions(instance: dg.DagsterInstance, settings: Settings) -> list[
     names = [name for name in settings.live_pools if name is not None]
     if not names:
         return []
-    known = instance.get_dynamic_partitions(PARTITIONS_NAME)
+    partitions = partitions_name(settings)
+    known = instance.get_dynamic_partitions(partitions)
     new = [name for name in names if name not in known]
     if new:
-        instance.add_dynamic_partitions(PARTITIONS_NAME, new)
+        instance.add_dynamic_partitions(partitions, new)
     left = [name for name in known if name not in names]
     for name in left:
-        instance.delete_dynamic_partition(PARTITIONS_NAME, name)
+        instance.delete_dynamic_partition(partitions, name)
     return [
         f"The live pool {name} isn't in pools.live any more: it is refreshed no longer, what was "
         "made of it stays."

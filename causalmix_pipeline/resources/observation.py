@@ -11,11 +11,13 @@ from pathlib import Path
 import dagster as dg
 
 from causalmix_pipeline.adapters.pool_files import pool_files, pool_fingerprint
+from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.settings import Settings
 
 #: Tag of an observation or materialisation that tells Dagster which data it stands for.
 DATA_VERSION_TAG = "dagster/data_version"
 
+#: Without a project's name in front; see `asset_key`.
 EXPERIMENT_POOL = dg.AssetKey("experiment_pool")
 LIVE_POOL = dg.AssetKey("live_pool")
 
@@ -96,7 +98,7 @@ def observe_pool(
     Args:
         instance: keeps the observations.
         settings: where pools are.
-        key: the pool's asset.
+        key: the pool's asset, `EXPERIMENT_POOL` or `LIVE_POOL`.
         pool: name of a live pool, where there are several.
 
     Returns:
@@ -104,7 +106,7 @@ def observe_pool(
     """
     live = key == LIVE_POOL
     location = settings.live_location(pool) if live else settings.experiment_path
-    version = pool_fingerprint(location)
+    version, key = pool_fingerprint(location), asset_key(settings, key)
     if observed_version(instance, key, pool) == version:
         return False
     instance.report_runless_asset_event(make_observation(key, location, version, pool))

@@ -23,6 +23,7 @@ from causalmix_pipeline.core.design import DesignPlan
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.pool_state import StateRanges
 from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.resources.asset_keys import PROJECT_TAG
 from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
 from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
@@ -34,13 +35,17 @@ class Project(dg.ConfigurableResource):
     config_file: str = Field(
         description="Path of the settings file; change it to work on another project."
     )
+    project_name: str | None = Field(
+        default=None, description="`project` of the settings, which becomes a tag of each run."
+    )
 
     _settings: Settings | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Write down which process executes the run, so that a run that was killed is noticed."""
+        """Write down whose the run is, and its process, so that a killed one is noticed."""
         if context.run and context.instance:
-            context.instance.add_run_tags(context.run.run_id, {PROCESS_TAG: process_tag()})
+            own = {PROJECT_TAG: self.project_name} if self.project_name else {}
+            context.instance.add_run_tags(context.run.run_id, {PROCESS_TAG: process_tag(), **own})
 
     @property
     def settings(self) -> Settings:
@@ -197,7 +202,7 @@ def default_resources(config_file: Path) -> dict[str, Any]:
 
     settings = load_settings(config_file, missing_ok=True)
     return {
-        "project": Project(config_file=str(config_file.resolve())),
+        "project": Project(config_file=str(config_file.resolve()), project_name=settings.project),
         "io_manager": FrameStore(base_dir=settings.assets_root),
     }
 

@@ -98,6 +98,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: A live pool's name: it becomes a partition, a folder and a file's name.
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 
+#: A project's name: it becomes a part of keys, and a folder.
+_PROJECT_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
+
 
 class Section(BaseModel):
     """A part of the settings: unknown keys are refused, values don't change after loading."""
@@ -958,6 +961,12 @@ class Settings(Section):
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
     alerts: Alerts = Field(default=Alerts(), description="Who is told when something fails.")
+    project: str | None = Field(
+        default=None,
+        description="Name in front of each asset's key, where several projects share one Dagster "
+        "instance: lower-case letters, digits and _; null puts none. Another name starts another "
+        "history: assets count as never made.",
+    )
     instance: Instance = Field(default=Instance(), description="Where Dagster keeps its runs.")
     seed: int = Field(default=0, ge=0, description="Seed of fits, searches and splits; integer.")
 
@@ -965,6 +974,12 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.project is not None and not _PROJECT_NAME.fullmatch(self.project):
+            raise ValueError(
+                "project must be lower-case letters, digits and _, a letter first, 60 at most, got "
+                f"{self.project!r}: rename it, or set null where no other project shares the "
+                "instance"
+            )
         names = [task.name for task in self.tasks]
         for i, name in enumerate(names):
             if name in names[:i]:

@@ -6,7 +6,7 @@ import sys
 import dagster as dg
 import pytest
 
-from causalmix_pipeline.automation.dead_runs import dead_runs
+from causalmix_pipeline.automation.dead_runs import make_dead_run_sensor
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.instance import (
     PROCESS_TAG,
@@ -14,6 +14,7 @@ from causalmix_pipeline.resources.instance import (
     is_process_alive,
     process_tag,
 )
+from causalmix_pipeline.resources.settings import Settings
 
 
 @dg.asset
@@ -50,7 +51,7 @@ def open_run(instance: dg.DagsterInstance, tag: str, **parents: str) -> dg.Dagst
 
 def look(instance: dg.DagsterInstance) -> str:
     with dg.build_sensor_context(instance) as context:
-        reason = dead_runs(context)
+        reason = make_dead_run_sensor(Settings())(context)
     assert isinstance(reason, dg.SkipReason)
     return str(reason.skip_message)
 

@@ -108,6 +108,7 @@ def test_a_change_is_observed_first_and_then_asked_for_once(finished):
         change(finished, 0.5)
         assert look().asset_events
         (again,) = look().run_requests or ()
+        assert job.execute_in_process(instance=instance).success
         change(finished, -0.5)  # as it was at first; a run key is used once
         assert look().asset_events
         (third,) = look().run_requests or ()

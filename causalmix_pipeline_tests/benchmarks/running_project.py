@@ -18,6 +18,8 @@ from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
 from causalmix_pipeline.automation.staleness import refresh, stale_assets
 from causalmix_pipeline.definitions import build_definitions
+from causalmix_pipeline.resources.asset_keys import asset_key
+from causalmix_pipeline.resources.frame_store import value_path
 from causalmix_pipeline.resources.instance import PROCESS_TAG, dagster_home, ensure_instance
 from causalmix_pipeline.resources.observation import LIVE_POOL, observed_version
 from causalmix_pipeline.resources.settings_file import load_settings
@@ -53,14 +55,15 @@ class FinishedProject:
 
     def is_settled(self, instance: dg.DagsterInstance) -> bool:
         """Whether the pool was read as it is now and nothing is stale or under way."""
-        if observed_version(instance, LIVE_POOL) != pool_fingerprint(self.settings.live_path):
+        observed = observed_version(instance, asset_key(self.settings, LIVE_POOL))
+        if observed != pool_fingerprint(self.settings.live_path):
             return False
         return not stale_assets(self.defs, instance, LIVE_SIDE).reasons and not open_runs(instance)
 
     def recommendation(self) -> str:
         """Digest of the recommendation that stands."""
-        path = Path(self.settings.assets_root) / "recommended_mixture.parquet"
-        return content_digest(read_value(path))
+        key = asset_key(self.settings, "recommended_mixture")
+        return content_digest(read_value(value_path(self.settings.assets_root, key)))
 
     def true_recommendation(self, scratch: Path) -> str:
         """Digest of the recommendation that a copy of the project makes of the pool from scratch.

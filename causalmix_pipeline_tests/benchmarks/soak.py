@@ -35,6 +35,7 @@ from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.automation.conditions import LIVE_SIDE_NAMES
 from causalmix_pipeline.automation.staleness import CODE_VERSION_TAG, INPUT_VERSION_TAG, refresh
 from causalmix_pipeline.definitions import build_definitions
+from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.instance import ensure_instance
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
 from causalmix_pipeline.resources.settings import Instance
@@ -250,7 +251,8 @@ def made_twice(
 ) -> Iterator[tuple[str, tuple]]:
     """Assets that were made twice in a row of the same inputs by the same code."""
     for name in LIVE_SIDE_NAMES:
-        wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(name), after_storage_id=cursor)
+        key = asset_key(project.settings, name)
+        wanted = dg.AssetRecordsFilter(asset_key=key, after_storage_id=cursor)
         records = instance.fetch_materializations(wanted, limit=5000, ascending=True).records
         before = None
         for record in records:
