@@ -92,8 +92,8 @@ def test_the_story_is_told_twice_and_trains_once(pool, tmp_path):
         assert "Proxy runs that would help: 16" in text
         assert "make ui" in text
     only_live = (
-        "live_documents, live_changes, live_covariates, baseline_mixtures, recommended_mixture, "
-        "report, training_export"
+        "live_documents, live_changes, live_covariates, top_up_runs, baseline_mixtures, "
+        "recommended_mixture, report, training_export"
     )
     assert again.count(f": {only_live}.") == 2
     reports = sorted(path.name for path in (tmp_path / "data" / "reports").iterdir())

@@ -32,8 +32,11 @@ FOLLOW_DATA = (
     & dg.AutomationCondition.all_deps_blocking_checks_passed()
 )
 
+_BUSY = dg.AutomationCondition.will_be_requested() | dg.AutomationCondition.in_progress()
+
 #: As above, and made once where it's missing when it is first seen. A project of an earlier version
-#: lacks such an asset, and what is below would wait until the pool changes.
+#: lacks such an asset, and what is below would wait until the pool changes. It waits for inputs that
+#: are being made: with two that change one after the other it would be made twice.
 FOLLOW_DATA_FROM_THE_START = (
     dg.AutomationCondition.in_latest_time_window()
     & (
@@ -44,12 +47,10 @@ FOLLOW_DATA_FROM_THE_START = (
         dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()
     )
     & ~dg.AutomationCondition.any_deps_missing()
-    & ~dg.AutomationCondition.any_deps_in_progress()
     & ~dg.AutomationCondition.in_progress()
+    & ~dg.AutomationCondition.any_deps_match(_BUSY)
     & dg.AutomationCondition.all_deps_blocking_checks_passed()
 )
-
-_BUSY = dg.AutomationCondition.will_be_requested() | dg.AutomationCondition.in_progress()
 
 #: As above, once nothing up to two steps above is being made or about to be. Otherwise new
 #: documents would be exported with the old mixture first, and again with the new one.
