@@ -57,11 +57,12 @@ def examine(config: Path | None, *, mend: bool = False) -> list[Finding]:
 def mended(found: Finding) -> Finding:
     """What is left of a finding once it was mended."""
     import dagster as dg
+    from sqlalchemy.exc import SQLAlchemyError
 
     assert found.mend is not None
     try:
         return Finding(found.what, "mended", found.mend())
-    except (CausalMixError, dg.DagsterError, OSError) as error:
+    except (CausalMixError, dg.DagsterError, SQLAlchemyError, OSError) as error:
         return Finding(found.what, "wrong", f"{found.detail} Mending failed: {error}")
 
 

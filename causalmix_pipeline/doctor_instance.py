@@ -262,7 +262,12 @@ def check_compute_logs(instance: dg.DagsterInstance, home: Path) -> Iterator[Fin
         for folder in (home / "storage").glob("*")
         if _RUN_ID.fullmatch(folder.name) and [p.name for p in folder.iterdir()] == ["compute_logs"]
     ]
-    left = [f for f in folders if not instance.has_run(f.name)]
+    kept = home / "history" / "runs"  # of before the runs went to PostgreSQL
+    left = [
+        folder
+        for folder in folders
+        if not instance.has_run(folder.name) and not (kept / f"{folder.name}.db").exists()
+    ]
     if not left:
         return
 

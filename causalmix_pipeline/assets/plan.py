@@ -175,7 +175,11 @@ def refuse_over_budget(
         ConfigError: naming the limit, the price and the ways out.
     """
     budget = project.settings.budget
-    if tags.get(OVER_BUDGET_TAG) or (budget.max_hours, budget.max_gpu_hours, budget.max_cost) == (
+    if tags.get(OVER_BUDGET_TAG) == "yes" or (
+        budget.max_hours,
+        budget.max_gpu_hours,
+        budget.max_cost,
+    ) == (
         None,
         None,
         None,
@@ -224,7 +228,7 @@ def proxy_plan(
     specs = specs_of(project, mixture_design)
     found = price_runs(project, specs)
     breaches = budget_breaches(project, found)
-    agreed = bool(context.run.tags.get(OVER_BUDGET_TAG))
+    agreed = context.run.tags.get(OVER_BUDGET_TAG) == "yes"
     # The version stands for what is planned, not for how fast the machine was just now.
     return dg.MaterializeResult(
         value=found,

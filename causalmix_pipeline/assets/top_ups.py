@@ -209,7 +209,7 @@ def plan_of(
 )
 def ask_for_top_up(context: dg.OpExecutionContext) -> Iterator[dg.Output]:
     """Whether this run may train: it must carry the tag that the job `top_up` sets."""
-    yield dg.Output(None, "asked" if context.run.tags.get(TOP_UP_TAG) else "not_asked")
+    yield dg.Output(None, "asked" if context.run.tags.get(TOP_UP_TAG) == "yes" else "not_asked")
 
 
 # A step of its own: one that only collects must not wait for the slot of a long training.

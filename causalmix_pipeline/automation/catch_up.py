@@ -11,16 +11,26 @@ import json
 from collections.abc import Callable
 
 import dagster as dg
+from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
 
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
 from causalmix_pipeline.automation.jobs import refresh_job
-from causalmix_pipeline.automation.staleness import Staleness, newest_event, stale_assets
+from causalmix_pipeline.automation.staleness import (
+    Staleness,
+    failed_check_above,
+    lineage,
+    newest_event,
+    stale_assets,
+)
 from causalmix_pipeline.resources.asset_keys import is_own_run
 from causalmix_pipeline.resources.live_pools import live_pools
 from causalmix_pipeline.resources.settings import Settings
 
 #: Looks in a row at which the same must be stale.
 LOOKS = 3
+
+#: Tag of a run that makes one partition.
+PARTITION_TAG = "dagster/partition"
 
 _OPEN = [
     dg.DagsterRunStatus.QUEUED,
@@ -36,6 +46,9 @@ def look_for_stale(
 ) -> dg.SensorResult:
     """Look once; ask for a refresh of each pool for which the same has been stale for long enough.
 
+    Only what is stale for certain is asked for: the conditions follow from there, as far as content
+    changes.
+
     Args:
         instance: keeps runs and what was made.
         settings: the live pools.
@@ -45,43 +58,65 @@ def look_for_stale(
     Returns:
         A run for each such pool, or why there is none; the new cursor.
     """
+    graph, before, seen, requests = defs.resolve_asset_graph(), _read(cursor), {}, []
     at_work = instance.get_runs(dg.RunsFilter(statuses=_OPEN))
-    if any(is_own_run(settings, run) for run in at_work):
-        return dg.SensorResult(skip_reason="A run is at work.", cursor="{}")
-    before, seen, requests = _read(cursor), {}, []
+    own = [run for run in at_work if is_own_run(settings, run)]
+    told = ["Nothing is stale."]
     for pool in live_pools(settings):
-        found = stale_assets(defs, instance, LIVE_SIDE, pool=pool.name)
-        if not found.reasons or not _is_possible(instance, defs, pool.name):
+        if any(run.tags.get(PARTITION_TAG, pool.name) == pool.name for run in own):
+            told.append("A run is at work.")
             continue
-        state = _state(instance, defs, found, pool.name)
+        found = stale_assets(defs, instance, LIVE_SIDE, pool=pool.name)
+        keys = found.wave(lineage(defs))
+        if not keys:
+            continue
+        obstacle = _obstacle(instance, defs, keys, pool.name)
+        if obstacle:
+            told.append(obstacle)
+            continue
+        told.append("Something is stale; the conditions come first.")
+        state = _state(instance, graph, found, pool.name)
         seen[state] = before.get(state, 0) + 1
         if seen[state] == LOOKS:
-            keys = [*found.reasons, *found.maybe]
             requests.append(
                 dg.RunRequest(run_key=state, asset_selection=keys, partition_key=pool.name)
             )
-    skip = "Something is stale; the conditions come first." if seen else "Nothing is stale."
     return dg.SensorResult(
-        requests, skip_reason=None if requests else skip, cursor=json.dumps(seen)
+        requests, skip_reason=None if requests else told[-1], cursor=json.dumps(seen)
     )
 
 
-def _is_possible(instance: dg.DagsterInstance, defs: dg.Definitions, pool: str | None) -> bool:
-    """Whether everything from outside that the live side is made of is there."""
+def _obstacle(
+    instance: dg.DagsterInstance, defs: dg.Definitions, keys: list[dg.AssetKey], pool: str | None
+) -> str | None:
+    """Why stale assets can't be made now, if there is a reason that a person must see to."""
     graph = defs.resolve_asset_graph()
     live = LIVE_SIDE.resolve(graph)
     outside = {parent for key in live for parent in graph.get(key).parent_keys} - live
-    return all(newest_event(instance, graph, key, pool) for key in outside)
+    if not all(newest_event(instance, graph, key, pool) for key in outside):
+        return "The experiment isn't done."
+    experiment = stale_assets(defs, instance, dg.AssetSelection.groups("experiment", "effects"))
+    stale = {key.path[-1] for key in (*experiment.reasons, *experiment.maybe)}
+    if "cate_model" in stale:
+        return "The effect model is stale: see `causalmix status`."
+    failed = failed_check_above(instance, graph, keys, pool)
+    return failed and f"The check {failed.name} of {failed.asset_key.path[-1]} failed."
 
 
 def _state(
-    instance: dg.DagsterInstance, defs: dg.Definitions, found: Staleness, pool: str | None
+    instance: dg.DagsterInstance, graph: BaseAssetGraph, found: Staleness, pool: str | None
 ) -> str:
-    """What is stale and of which inputs; 16 hex digits, others after each event of an input."""
-    graph = defs.resolve_asset_graph()
+    """What is stale and of which inputs; 16 hex digits, others after each event of an input.
+
+    Inputs that are themselves stale don't count: making them again and again is no change.
+    """
+    stale = {*found.reasons, *found.maybe}
     rows = [
         [key.to_user_string(), reason]
-        + [newest_event(instance, graph, one, pool) for one in sorted(graph.get(key).parent_keys)]
+        + [
+            newest_event(instance, graph, one, pool)
+            for one in sorted(graph.get(key).parent_keys - stale)
+        ]
         for key, reason in found.reasons.items()
     ]
     return hashlib.sha256(json.dumps([pool, rows]).encode()).hexdigest()[:16]

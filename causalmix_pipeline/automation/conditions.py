@@ -18,9 +18,9 @@ LIVE_SIDE_NAMES = (
 )
 LIVE_SIDE = assets_named(*LIVE_SIDE_NAMES)
 
-#: Tags of its runs: after a day one hangs, and is ended. Training may take as long as the instance
-#: allows, a week.
-LIVE_RUN_TAGS = {"dagster/max_runtime": "86400"}
+#: Tags of its runs: after a day one hangs, is ended, and tried once more. Training may take as long
+#: as the instance allows, a week.
+LIVE_RUN_TAGS = {"dagster/max_runtime": "86400", "dagster/max_retries": "1"}
 
 #: Early cut-off: an asset follows the data version of its inputs, not the fact that they ran.
 #: Plain `eager()` also fires when an input was materialised again with the same content.
@@ -35,8 +35,8 @@ FOLLOW_DATA = (
 _BUSY = dg.AutomationCondition.will_be_requested() | dg.AutomationCondition.in_progress()
 
 #: As above, and made once where it's missing when it is first seen. A project of an earlier version
-#: lacks such an asset, and what is below would wait until the pool changes. It waits for inputs that
-#: are being made: with two that change one after the other it would be made twice.
+#: lacks such an asset, and what is below would wait until the pool changes. It waits for inputs
+#: that are being made: with two that change one after the other it would be made twice.
 FOLLOW_DATA_FROM_THE_START = (
     dg.AutomationCondition.in_latest_time_window()
     & (

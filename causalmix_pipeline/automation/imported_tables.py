@@ -193,12 +193,13 @@ def _look_closer(
         seen.stat = ""
         return _skip("The tables changed while they were read.", seen, waiting)
     seen.done = seen.stat
-    if version == observed_version(instance, asset_key(settings, IMPORTED_TABLES)):
-        return _skip("Tables were written again with the same content.", seen, waiting)
     # The time, since tables may become what they were, and a run key is used once.
-    cursor = _write(seen, f"{version}-{int(now)}")
+    waiting = f"{version}-{int(now)}"
+    if version == observed_version(instance, asset_key(settings, IMPORTED_TABLES)):
+        # A command may have observed it first; the next look sees whether it was also read.
+        return _skip("The same content as was observed last.", seen, waiting)
     event = make_table_observation(settings, version)
-    return dg.SensorResult(asset_events=[event], cursor=cursor)
+    return dg.SensorResult(asset_events=[event], cursor=_write(seen, waiting))
 
 
 def _run_at_work(

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 import dagster as dg
 from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
+from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.storage.asset_check_execution_record import (
+    COMPLETED_ASSET_CHECK_EXECUTION_RECORD_STATUSES as COMPLETED,
+)
 
 from causalmix_pipeline.resources.instance import PROCESS_TAG, process_tag
 from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
@@ -121,6 +125,34 @@ def newest_event(
     wanted = dg.AssetRecordsFilter(key, asset_partitions=None if of is None else [of])
     observed = instance.fetch_observations(wanted, limit=1).records
     return max(made.storage_id if made else 0, observed[0].storage_id if observed else 0)
+
+
+def failed_check_above(
+    instance: dg.DagsterInstance,
+    graph: BaseAssetGraph,
+    keys: Iterable[dg.AssetKey],
+    pool: str | None,
+) -> dg.AssetCheckKey | None:
+    """A blocking check that failed last, of an input that isn't itself among the assets.
+
+    Within a run Dagster stops below such a check; a run of what is below alone it lets go on.
+    """
+    chosen = set(keys)
+    inputs = {parent for key in chosen for parent in graph.get(key).parent_keys} - chosen
+    for check in sorted({c for key in inputs for c in graph.get(key).check_keys}, key=str):
+        if not graph.get(check).blocking:
+            continue
+        of = pool if graph.get(check).partitions_def else None
+        records = instance.event_log_storage.get_asset_check_execution_history(
+            check,
+            limit=1,
+            status=COMPLETED,
+            partition_filter=None if of is None else PartitionKeyFilter(key=of),
+        )
+        result = records[0].evaluation if records else None
+        if result and not result.passed and result.severity == dg.AssetCheckSeverity.ERROR:
+            return check
+    return None
 
 
 def _tags(

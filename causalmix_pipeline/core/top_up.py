@@ -68,12 +68,15 @@ def plan_top_up(
         seed: of the mixtures, which are the same for all states.
 
     Returns:
-        Mixtures, shape (D,), by the number of the run; `TOP_UP_RUNS` of them.
+        Mixtures, shape (D,), by the number of the run; as many as fill up `TOP_UP_RUNS` or a
+        multiple of it, so that one that was killed half-way trains the rest alone.
     """
     if reach.verdict == "supported":
         return {}
     done = _numbers_at(top_up_runs, runs, state_DP)
-    numbers = list(islice((n for n in count() if n not in done), TOP_UP_RUNS))
+    numbers = list(
+        islice((n for n in count() if n not in done), TOP_UP_RUNS - len(done) % TOP_UP_RUNS)
+    )
     mixture_MD = dirichlet_design(
         numbers[-1] + 1,
         len(runs.domains),

@@ -63,9 +63,12 @@ def postgres_variable(text: str, path: Path) -> str | None:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
+        # The line itself may hold a password, and so may the error's own text.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
         raise ConfigError(
-            f"{path} must be YAML, got: {error}. Mend it, or delete it to get it as shipped."
-        ) from error
+            f"{path} must be YAML, and isn't{where}. Mend it, or delete it to get it as shipped."
+        ) from None
     found: Any = raw
     for name in ("storage", "postgres"):
         found = found.get(name) if isinstance(found, dict) else None

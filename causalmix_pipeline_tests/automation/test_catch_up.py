@@ -16,7 +16,7 @@ class Watched:
     """A finished project, looked at as the daemon does."""
 
     def __init__(self, config, instance: dg.DagsterInstance):
-        self.settings, self.instance = load_settings(config), instance
+        self.config, self.settings, self.instance = config, load_settings(config), instance
         self.defs, self.cursor = build_definitions(config), None
 
     def look(self) -> list[dg.RunRequest]:
@@ -27,6 +27,14 @@ class Watched:
 
     def looks(self, n: int) -> list[dg.RunRequest]:
         return [request for _ in range(n) for request in self.look()]
+
+    def stale(self) -> list[dg.AssetKey]:
+        return list(stale_assets(self.defs, self.instance, LIVE_SIDE).reasons)
+
+    def change_settings(self, **changed) -> None:
+        """The daemon has read the file again; what was made is of the settings before."""
+        self.settings = self.settings.model_copy(update=changed)
+        self.defs = build_definitions(self.config, self.settings)
 
     def change_pool(self) -> None:
         path = self.settings.resolve("live") / "math" / "short.jsonl"
@@ -52,10 +60,9 @@ def test_what_stays_stale_is_asked_for_once_and_the_run_brings_it_up_to_date(wat
     (request,) = watched.look()
     assert watched.looks(3 * LOOKS) == []  # asked for, though nothing came of it yet
 
-    assert request.asset_selection is not None
-    assert set(request.asset_selection) == LIVE_SIDE.resolve(watched.defs.resolve_asset_graph())
+    assert request.asset_selection == [dg.AssetKey("live_documents")]  # the rest follows from it
     materialise(watched.defs, watched.instance, request.asset_selection)
-    assert not stale_assets(watched.defs, watched.instance, LIVE_SIDE).reasons
+    assert dg.AssetKey("live_documents") not in watched.stale()
 
 
 def test_the_same_content_in_another_change_is_asked_for_again(watched):
@@ -102,3 +109,47 @@ def test_a_project_without_an_experiment_gets_no_run(project_file):
         observe_pool(instance, new.settings, LIVE_POOL)
 
         assert new.looks(2 * LOOKS) == []
+
+
+def test_runs_that_read_other_settings_than_the_daemon_are_asked_for_once(watched):
+    """Each run reads the file; the daemon keeps what it loaded, and sees them as stale for good."""
+    as_run = watched.defs
+    watched.change_settings(seed=watched.settings.seed + 1)
+    names = {"recommended_mixture", "training_export", "baseline_mixtures", "report"}
+
+    refreshes = []
+    for _ in range(4):
+        for request in watched.looks(LOOKS):
+            refreshes.append(request)
+            assert request.asset_selection is not None
+            materialise(as_run, watched.instance, request.asset_selection)
+
+    assert names & {key.path[-1] for key in watched.stale()}
+    assert len(refreshes) <= 1
+
+
+def test_nothing_is_recommended_by_an_effect_model_that_is_stale(watched):
+    watched.change_pool()
+    watched.change_settings(covariates=watched.settings.covariates[:1])
+
+    assert watched.looks(2 * LOOKS) == []
+    assert "effect model is stale" in watched.reason
+
+
+def test_what_is_below_a_failed_blocking_check_is_not_asked_for(watched):
+    watched.change_pool()
+    keys = [dg.AssetKey("live_documents"), dg.AssetKey("live_covariates")]
+    materialise(watched.defs, watched.instance, keys)
+    assert len(watched.looks(LOOKS)) == 1  # with its check passed
+    watched.cursor = None
+
+    failed = dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey("live_covariates"),
+        check_name="no_covariate_missing",
+        passed=False,
+        metadata={},
+    )
+    watched.instance.report_runless_asset_event(failed)
+
+    assert watched.looks(2 * LOOKS) == []
+    assert "no_covariate_missing" in watched.reason
