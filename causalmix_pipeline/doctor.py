@@ -9,32 +9,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from causalmix_pipeline.core.errors import CausalMixError, ConfigError, PoolError
+from causalmix_pipeline.findings import Finding
 from causalmix_pipeline.resources.settings import Settings
 
 #: Free bytes on a disk below which the doctor warns, and below which it's wrong.
 LOW_BYTES, FULL_BYTES = 2e9, 2e8
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found.
-
-    Attributes:
-        what: what was looked at.
-        level: ok, warning or wrong; mended once it was.
-        detail: what was seen, and the way out.
-        mend: mends it and says what was done; None where only a person can.
-    """
-
-    what: str
-    level: str
-    detail: str
-    mend: Callable[[], str] | None = None
 
 
 def examine(config: Path | None, *, mend: bool = False) -> list[Finding]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from causalmix_pipeline.adapters.blobs import open_blobs, root_of
 from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.core.errors import PoolError
-from causalmix_pipeline.doctor import Finding
+from causalmix_pipeline.findings import Finding
 from causalmix_pipeline.resources.settings import Settings
 
 #: Folders below `data_dir` that only this package writes to. A pool may lie there, too, and what a

@@ -15,8 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from causalmix_pipeline.automation.staleness import CODE_VERSION_TAG
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.doctor import Finding
 from causalmix_pipeline.doctor_files import size_of
+from causalmix_pipeline.findings import Finding
 from causalmix_pipeline.resources.home_config import is_ours, next_config
 from causalmix_pipeline.resources.instance import (
     PROCESS_TAG,

@@ -23,6 +23,7 @@ from causalmix_pipeline.automation.staleness import (
     stale_assets,
 )
 from causalmix_pipeline.resources.asset_keys import is_own_run
+from causalmix_pipeline.resources.instance import OPEN
 from causalmix_pipeline.resources.live_pools import live_pools
 from causalmix_pipeline.resources.settings import Settings
 
@@ -31,14 +32,6 @@ LOOKS = 3
 
 #: Tag of a run that makes one partition.
 PARTITION_TAG = "dagster/partition"
-
-_OPEN = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 def look_for_stale(
@@ -59,7 +52,7 @@ def look_for_stale(
         A run for each such pool, or why there is none; the new cursor.
     """
     graph, before, seen, requests = defs.resolve_asset_graph(), _read(cursor), {}, []
-    at_work = instance.get_runs(dg.RunsFilter(statuses=_OPEN))
+    at_work = instance.get_runs(dg.RunsFilter(statuses=list(OPEN)))
     own = [run for run in at_work if is_own_run(settings, run)]
     told = ["Nothing is stale."]
     for pool in live_pools(settings):

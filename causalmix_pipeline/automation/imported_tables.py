@@ -24,6 +24,7 @@ from causalmix_pipeline.automation.jobs import EXPERIMENT_SIDE
 from causalmix_pipeline.automation.sensors import Seen
 from causalmix_pipeline.automation.staleness import stale_assets
 from causalmix_pipeline.resources.asset_keys import asset_key, assets_named, is_own_run
+from causalmix_pipeline.resources.instance import OPEN
 from causalmix_pipeline.resources.observation import DATA_VERSION_TAG, observed_version
 from causalmix_pipeline.resources.settings import Settings
 
@@ -39,14 +40,6 @@ use_imported_runs_job = dg.define_asset_job(
     selection=assets_named(*REACHED),
     description="Reads the imported tables again and fits the effects; trains no proxy.",
 )
-
-_UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 def table_specs(settings: Settings) -> list[dg.AssetSpec]:
@@ -207,7 +200,7 @@ def _run_at_work(
 ) -> str | None:
     """A run that makes something of the experiment side, or whose job doesn't say what."""
     keys = EXPERIMENT_SIDE.resolve(defs.resolve_asset_graph())
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+    for run in instance.get_runs(dg.RunsFilter(statuses=list(OPEN))):
         if not is_own_run(settings, run):
             continue
         if run.asset_selection is None or run.asset_selection & keys:

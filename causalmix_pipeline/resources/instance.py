@@ -20,12 +20,14 @@ from causalmix_pipeline.resources.settings import Instance, Settings
 #: Tag of a run: host, process id and start time of the process that executes it.
 PROCESS_TAG = "causalmix/process"
 
-_OPEN = [
+#: What a run is until it ended.
+OPEN = (
+    dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
-]
+)
 
 
 def dagster_home(data_path: Path) -> Path:
@@ -110,9 +112,10 @@ def _own_process_tag(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str | 
 
 def dead_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, str]]:
     """Open runs whose process is gone, each with the tag of its process."""
+    begun = [status for status in OPEN if status != dg.DagsterRunStatus.QUEUED]
     tagged = [
         (run, _own_process_tag(instance, run))
-        for run in instance.get_runs(filters=dg.RunsFilter(statuses=_OPEN))
+        for run in instance.get_runs(filters=dg.RunsFilter(statuses=begun))
     ]
     return [(run, tag) for run, tag in tagged if tag is not None and not is_process_alive(tag)]
 

@@ -20,18 +20,10 @@ from causalmix_pipeline.automation.staleness import refresh, stale_assets
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.frame_store import value_path
-from causalmix_pipeline.resources.instance import PROCESS_TAG, dagster_home, ensure_instance
+from causalmix_pipeline.resources.instance import OPEN, PROCESS_TAG, dagster_home, ensure_instance
 from causalmix_pipeline.resources.observation import LIVE_POOL, observed_version
 from causalmix_pipeline.resources.settings_file import load_settings
 from causalmix_pipeline_tests.benchmarks.cost import resident_bytes
-
-OPEN = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 #: Definitions whose sensors look as often as the benchmark wants; the settings allow 30 s.
 CODE = """
@@ -142,7 +134,7 @@ class Services:
 
 def open_runs(instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
     """Runs that haven't ended."""
-    return instance.get_runs(dg.RunsFilter(statuses=OPEN))
+    return instance.get_runs(dg.RunsFilter(statuses=list(OPEN)))
 
 
 def kill_a_run(instance: dg.DagsterInstance) -> str | None:

@@ -35,7 +35,7 @@ from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.automation.conditions import LIVE_SIDE_NAMES
 from causalmix_pipeline.automation.staleness import CODE_VERSION_TAG, INPUT_VERSION_TAG, refresh
 from causalmix_pipeline.definitions import build_definitions
-from causalmix_pipeline.resources.asset_keys import asset_key
+from causalmix_pipeline.resources.asset_keys import asset_key, assets_named
 from causalmix_pipeline.resources.instance import ensure_instance
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
 from causalmix_pipeline.resources.settings import Instance
@@ -135,7 +135,7 @@ def tiny_project(folder: Path, **overrides: object) -> Path:
     with ensure_instance(settings.data_path, settings.instance) as instance:
         observe_pool(instance, settings, EXPERIMENT_POOL)
         observe_pool(instance, settings, LIVE_POOL)
-        wanted = dg.AssetSelection.all() - dg.AssetSelection.assets(*ON_REQUEST)
+        wanted = dg.AssetSelection.all() - assets_named(*ON_REQUEST)
         refresh(build_definitions(config), instance, wanted)
     return config
 
