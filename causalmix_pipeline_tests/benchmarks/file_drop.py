@@ -4,8 +4,9 @@
         [--interval 30] [--quiet 60]
 
 Works on a copy of the project that `causalmix demo` left, with a real daemon and webserver. The
-drop is the demo's own ("within reach"). Work is what runs do, from the start of a run's process to
-its end; the rest is waiting: for the pool to be quiet and for sensors to look. Linux only.
+drop is the demo's own ("within reach"), and the scores of its documents are forgotten first. Work
+is what runs do, from the start of a run's process to its end; the rest is waiting: for the pool to
+be quiet and for sensors to look. Linux only.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import dagster as dg
 import polars as pl
 
 from causalmix_pipeline.adapters.demo_pool import drop_into_live, reset_live
+from causalmix_pipeline.automation.staleness import materialise
 from causalmix_pipeline.resources.instance import ensure_instance
+from causalmix_pipeline.resources.observation import LIVE_POOL, observe_pool
 from causalmix_pipeline_tests.benchmarks.running_project import (
     FinishedProject,
     Services,
@@ -47,10 +50,11 @@ def run_rows(instance: dg.DagsterInstance, since: float) -> list[dict]:
     for record in instance.get_run_records(ascending=True, order_by="create_timestamp"):
         if record.create_timestamp.timestamp() < since or record.end_time is None:
             continue
-        run, steps = record.dagster_run, instance.get_run_step_stats(record.dagster_run.run_id)
-        spent = 0.0
-        for step in steps:
-            seconds = (step.end_time or 0.0) - (step.start_time or 0.0)
+        run, spent = record.dagster_run, 0.0
+        for step in instance.get_run_step_stats(run.run_id):
+            if step.start_time is None or step.end_time is None:
+                continue  # skipped
+            seconds = step.end_time - step.start_time
             spent += seconds
             rows.append({"run": run.run_id[:8], "what": step.step_key, "seconds": seconds})
         whole = record.end_time - record.create_timestamp.timestamp()
@@ -64,6 +68,10 @@ def measure(config: Path, logs: Path, interval: int, quiet: int) -> pl.DataFrame
     project, demo = FinishedProject(config), config.parent / "demo"
     live = Path(project.settings.live_path)
     reset_live(demo, live)
+    shutil.rmtree(project.settings.data_path / "scores", ignore_errors=True)
+    with ensure_instance(project.settings.data_path) as instance:
+        observe_pool(instance, project.settings, LIVE_POOL)
+        materialise(project.defs, instance, [dg.AssetKey("live_documents")])
     with (
         ensure_instance(project.settings.data_path) as instance,
         running([project], interval=interval, quiet=quiet, logs=logs) as services,
