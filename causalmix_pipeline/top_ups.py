@@ -25,11 +25,8 @@ from causalmix_pipeline.core.errors import ConfigError, EstimationError
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.sources import refuse_turned_signs
+from causalmix_pipeline.core.top_up import TOP_UP
 from causalmix_pipeline.table_model import Model, TableSource
-
-#: Runs at a pool. At a shift of 2.5 standard deviations and 512 earlier runs, 8 cut the regret from
-#: What the names of planned runs begin with; the pool and a number follow.
-TOP_UP = "top_up"
 
 
 def plan_top_up(
