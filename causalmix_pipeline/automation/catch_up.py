@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import dagster as dg
 from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
+from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
 from causalmix_pipeline.automation.jobs import refresh_job
@@ -26,6 +27,9 @@ from causalmix_pipeline.resources.asset_keys import is_own_run
 from causalmix_pipeline.resources.instance import OPEN
 from causalmix_pipeline.resources.live_pools import live_pools
 from causalmix_pipeline.resources.settings import Settings
+
+#: Of backfills at work. The conditions ask for two pools at once by a backfill.
+_OPEN_BACKFILL = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
 
 #: Looks in a row at which the same must be stale.
 LOOKS = 3
@@ -52,6 +56,8 @@ def look_for_stale(
         A run for each such pool, or why there is none; the new cursor.
     """
     graph, before, seen, requests = defs.resolve_asset_graph(), _read(cursor), {}, []
+    if _is_backfill_open(instance, graph):
+        return dg.SensorResult(skip_reason="A backfill is at work.", cursor=cursor)
     at_work = instance.get_runs(dg.RunsFilter(statuses=list(OPEN)))
     own = [run for run in at_work if is_own_run(settings, run)]
     told = ["Nothing is stale."]
@@ -77,6 +83,12 @@ def look_for_stale(
     return dg.SensorResult(
         requests, skip_reason=None if requests else told[-1], cursor=json.dumps(seen)
     )
+
+
+def _is_backfill_open(instance: dg.DagsterInstance, graph: BaseAssetGraph) -> bool:
+    """Whether a backfill makes some of these assets; its runs start half a minute later."""
+    found = instance.get_backfills(BulkActionsFilter(statuses=_OPEN_BACKFILL))
+    return any(graph.has(key) for backfill in found for key in backfill.asset_selection or ())
 
 
 def _obstacle(

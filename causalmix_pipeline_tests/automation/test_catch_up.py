@@ -2,6 +2,7 @@
 
 import dagster as dg
 import pytest
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 
 from causalmix_pipeline.automation.catch_up import LOOKS, look_for_stale
 from causalmix_pipeline.automation.conditions import LIVE_SIDE
@@ -94,6 +95,33 @@ def test_while_a_run_is_at_work_looks_dont_count(watched):
     watched.instance.report_run_failed(run, "ended")
     assert watched.looks(LOOKS - 1) == []
     assert len(watched.look()) == 1
+
+
+def backfill_of(key: str, status=BulkActionStatus.REQUESTED) -> PartitionBackfill:
+    """What the conditions leave when they ask for two pools at once; its runs start later."""
+    return PartitionBackfill(
+        backfill_id=f"{key}-{status.value}",
+        status=status,
+        from_failure=False,
+        tags={},
+        backfill_timestamp=0.0,
+        asset_selection=[dg.AssetKey(key)],
+    )
+
+
+def test_while_a_backfill_is_open_nothing_is_asked_for(watched):
+    watched.change_pool()
+    for passed_over in (
+        backfill_of("of_another_project"),
+        backfill_of("live_documents", BulkActionStatus.COMPLETED_SUCCESS),
+    ):
+        watched.instance.add_backfill(passed_over)
+    assert len(watched.looks(LOOKS)) == 1
+
+    watched.cursor = None
+    watched.instance.add_backfill(backfill_of("live_documents"))
+    assert watched.looks(2 * LOOKS) == []
+    assert watched.reason == "A backfill is at work."
 
 
 def test_a_damaged_cursor_counts_as_none(watched):

@@ -123,7 +123,7 @@ def _story_of_two(instance, settings, daemon, log) -> None:
     wanted = {(name, pool) for name in last for pool in pools}
     wait_for(lambda: wanted <= set(made()), daemon, log, 600)
     wait_for(is_idle, daemon, log)
-    assert set(made()) == {(name, pool) for name in LIVE_SIDE_NAMES for pool in pools}
+    assert sorted(made()) == sorted((n, pool) for n in LIVE_SIDE_NAMES for pool in pools)
     versions = [observed_version(instance, LIVE_POOL, pool) for pool in pools]
 
     n_runs, cursor = instance.get_runs_count(), instance.event_log_storage.get_maximum_record_id()
