@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from causalmix_pipeline import cli_tables, cli_top_ups
+from causalmix_pipeline import cli_history, cli_tables, cli_top_ups
+from causalmix_pipeline.cli_output import ConfigOption, new_console
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 
 app = typer.Typer(
@@ -34,19 +35,6 @@ app = typer.Typer(
 #: Exit status where the user can mend something, and where it's our bug.
 USER_FAULT, OUR_FAULT = 2, 1
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", help="Settings file; without it causalmix.yaml, else data/demo.yaml."
-    ),
-]
-
-
-def console() -> Console:
-    """The terminal; wide enough for tables where the output is a file."""
-    out = Console(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(highlight=False, width=110)
-
 
 @app.command()
 def demo(
@@ -59,7 +47,7 @@ def demo(
 
     if preset not in ("tests", "demo", "study"):
         raise ConfigError(f"--preset must be tests, demo or study, got {preset!r}.")
-    tell(console(), preset=preset)
+    tell(new_console(), preset=preset)
 
 
 @app.command()
@@ -96,7 +84,7 @@ def profile(
         location, target = found.location, found.folder("profile")
     else:
         location, target = named_location(pool), project.folder("profile")
-    profile_to_folder(project, location, out or target, console(), like=like)
+    profile_to_folder(project, location, out or target, new_console(), like=like)
 
 
 def named_location(pool: str) -> str | Path:
@@ -114,7 +102,7 @@ def fetch_scorer(config: ConfigOption = None) -> None:
     path = find_config(config)
     folder = Project(config_file=str(path.resolve())).folder("scorers")
     found = fetch(folder)
-    console().print(
+    new_console().print(
         f"Kept in {escape(str(found))}. To score with it, set in {escape(str(path))}:\n"
         f"profile:\n  lm: {escape(str(found))}"
     )
@@ -127,7 +115,7 @@ def covariates(config: ConfigOption = None) -> None:
     from causalmix_pipeline.resources.asset_keys import assets_named
     from causalmix_pipeline.workspace import open_workspace
 
-    out = console()
+    out = new_console()
     with open_workspace(config, out) as work:
         work.bring_up_to_date(assets_named("covariate_choice"))
         choice = work.value("covariate_choice")
@@ -164,7 +152,7 @@ def plan(
     from causalmix_pipeline.resources.project import Project
     from causalmix_pipeline.workspace import open_workspace
 
-    out = console()
+    out = new_console()
     with open_workspace(config, out) as work:
         work.bring_up_to_date(assets_named("mixture_design").upstream())
         project = Project(config_file=str(work.config_file.resolve()))
@@ -293,7 +281,7 @@ def refresh(
     from causalmix_pipeline.console import pools_table
     from causalmix_pipeline.workspace import open_workspace
 
-    out = console()
+    out = new_console()
     with open_workspace(config, out) as work:
         pools = work.chosen_pools(pool)
         if not train and "cate_model" in stale_names(work):
@@ -427,7 +415,7 @@ def status(config: ConfigOption = None) -> None:
     from causalmix_pipeline.resources.observation import LIVE_POOL, observe_pool
     from causalmix_pipeline.workspace import ON_REQUEST, open_workspace
 
-    out = console()
+    out = new_console()
     with open_workspace(config, out) as work:
         named = [name for name in work.pools if name is not None]
         if not named:
@@ -467,7 +455,7 @@ def init(
     from causalmix_pipeline.resources.settings_file import write_commented_settings
 
     write_commented_settings(path)
-    console().print(
+    new_console().print(
         f"Wrote {escape(str(path))}. Set `pools` and `tasks`, then see `causalmix doctor` and "
         "`causalmix plan`."
     )
@@ -487,7 +475,7 @@ def ui(
     settings = load_settings(path, missing_ok=True)
     require("dagster-webserver", "the UI", "pip install 'causalmix_pipeline[ui]'")
     home = ensure_home(settings.data_path, settings.instance)
-    console().print(f"UI: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    new_console().print(f"UI: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     os.environ["DAGSTER_HOME"] = str(home)
     os.environ[CONFIG_VARIABLE] = str(path.resolve())
     os.execv(sys.executable, ui_command(port))
@@ -535,13 +523,14 @@ def doctor(
     for found in findings:
         level = f"[{colours[found.level]}]{found.level}[/]"
         table.add_row(found.what, level, escape(found.detail))
-    console().print(table)
+    new_console().print(table)
     if any(found.level == "wrong" for found in findings):
         raise typer.Exit(USER_FAULT)
 
 
 cli_tables.register(app)
 cli_top_ups.register(app)
+cli_history.register(app)
 
 
 # ---------------------------------------------------------------------------- the way out

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     import polars as pl
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Folder that `causalmix fit` wrote.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="Settings file; without it causalmix.yaml, else data/demo.yaml."
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", help="CSV, or Parquet if it ends so.")]
 CovariatesOption = Annotated[
     Path | None,

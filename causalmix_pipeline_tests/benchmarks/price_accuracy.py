@@ -14,7 +14,7 @@ import dagster as dg
 
 from causalmix_pipeline.assets.design import specs_of
 from causalmix_pipeline.assets.plan import price_runs
-from causalmix_pipeline.cli import console
+from causalmix_pipeline.cli_output import new_console
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.workspace import open_workspace
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="settings file of a project")
     config = parser.parse_args().config
-    with open_workspace(config, console()) as work:
+    with open_workspace(config, new_console()) as work:
         work.bring_up_to_date(dg.AssetSelection.assets("mixture_design").upstream())
         project = Project(config_file=str(config.resolve()))
         specs = specs_of(project, work.value("mixture_design"))
