@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import pytest
+from dagster._core.storage.schedules.schema import AssetDaemonAssetEvaluationsTable
 
-from causalmix_pipeline.automation.dead_runs import make_dead_run_sensor
+from causalmix_pipeline.automation.dead_runs import EVALUATION_DAYS, make_dead_run_sensor
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.instance import (
     PROCESS_TAG,
@@ -89,6 +91,35 @@ def test_every_run_of_the_project_writes_down_its_process(finished):
         run = instance.get_run_by_id(result.run_id)
 
         assert run is not None and run.tags[PROCESS_TAG] == process_tag()
+
+
+def test_evaluations_of_the_conditions_are_kept_for_a_week(instance):
+    eager = dg.Definitions(
+        [
+            quick.map_asset_specs(
+                lambda spec: spec.replace_attributes(
+                    automation_condition=dg.AutomationCondition.eager()
+                )
+            )
+        ]
+    )
+    with dg.DagsterInstance.ephemeral() as other:
+        keys = dg.AssetSelection.assets("quick")
+        asked = dg.evaluate_automation_conditions(eager, other, asset_selection=keys)
+    found = [result.serializable_evaluation.with_run_ids(set()) for result in asked.results]
+    table, storage = AssetDaemonAssetEvaluationsTable, instance.schedule_storage
+    for number in range(10):
+        storage.add_auto_materialize_asset_evaluations(number, found)
+        made = datetime.now(UTC).replace(tzinfo=None) - timedelta(days=number, hours=-1)
+        with storage.connect() as connection:
+            connection.execute(
+                table.update().where(table.c.evaluation_id == number).values(create_timestamp=made)
+            )
+
+    look(instance)
+
+    left = storage.get_auto_materialize_asset_evaluations(dg.AssetKey("quick"), limit=20)
+    assert [record.evaluation_id for record in left] == list(range(EVALUATION_DAYS, -1, -1))
 
 
 def test_the_sensor_is_on_where_the_project_is_loaded(finished):
