@@ -25,9 +25,13 @@ VALIDATION = assets_named("validation_runs")
 #: What a top-up trains and reaches; the baselines rest on the experiment's own runs alone.
 TOP_UP = assets_named("top_up_runs", "recommended_mixture", "training_export", "report")
 
+#: Tag of the runs of jobs that train; `dagster.yaml` lets one of them run at a time.
+TRAINS_TAG = "causalmix/trains"
+
 experiment_job = dg.define_asset_job(
     "experiment",
     selection=EXPERIMENT_SIDE,
+    tags={TRAINS_TAG: "yes"},
     description="Trains the proxy runs that are missing and fits the effects.",
 )
 refresh_job = dg.define_asset_job(
@@ -44,13 +48,14 @@ choose_covariates_job = dg.define_asset_job(
 validate_job = dg.define_asset_job(
     "validate",
     selection=VALIDATION,
+    tags={TRAINS_TAG: "yes"},
     description="Trains a larger model on the recommended mixture and on each baseline.",
 )
 
 top_up_job = dg.define_asset_job(
     "top_up",
     selection=TOP_UP,
-    tags={TOP_UP_TAG: "yes"},
+    tags={TOP_UP_TAG: "yes", TRAINS_TAG: "yes"},
     description="Trains the top-up plan of the recommended mixture at the live pool's present "
     "state, if it has one, and recommends again.",
 )

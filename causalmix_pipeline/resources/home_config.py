@@ -20,6 +20,7 @@ EARLIER_TEMPLATES = frozenset(
     {
         "a1c66f001b32e8cad2dc15a5817193dbaae48f61a9a121ed1f0870dd29339edb",
         "3b7410a9578680000b141dd2fb94e0a4bd4ccc49c4e0393e7194d7cc3290c27e",
+        "5b3cd142141d01f2b358ad31dcd3e128e6e7ba4d597157f064af2cccf7e06ab7",
     }
 )
 

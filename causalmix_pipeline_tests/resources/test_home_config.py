@@ -6,6 +6,8 @@ import dagster as dg
 import pytest
 import yaml
 
+from causalmix_pipeline.assets.proxy import TRAINING_POOL
+from causalmix_pipeline.automation.jobs import TRAINS_TAG
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources import home_config
@@ -18,7 +20,7 @@ POSTGRES = Instance(storage="postgres", postgres_env="TEAM_URL")
 
 #: If this fails, the template was changed: put the digest that stands here into
 #: `home_config.EARLIER_TEMPLATES`, so that projects get the new one, and the new digest here.
-TEMPLATE_SHA256 = "5b3cd142141d01f2b358ad31dcd3e128e6e7ba4d597157f064af2cccf7e06ab7"
+TEMPLATE_SHA256 = "ad7c105fd864ebd2eabd83d26378775988ea85145d231743cb0ce6b441e5574e"
 
 
 def digest(text: str) -> str:
@@ -102,9 +104,26 @@ def test_a_file_that_isnt_yaml_is_named(tmp_path):
 
 def test_the_instance_keeps_few_runs_at_a_time_and_lets_training_take_a_week(tmp_path):
     with ensure_instance(tmp_path) as instance:
-        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 4
+        queue = instance.get_concurrency_config().run_queue_config
+        assert queue.max_concurrent_runs == 4
+        assert queue.tag_concurrency_limits == [{"key": TRAINS_TAG, "limit": 1}]
         assert instance.run_monitoring_max_runtime_seconds == 7 * 86_400
         assert instance.run_retries_enabled
+
+
+def test_the_runs_of_every_job_that_trains_wait_in_the_queue_for_each_other(project_file):
+    """All but the refresh, whose top-up op trains only in the job of that name."""
+    repository = build_definitions(project_file).get_repository_def()
+    jobs = [job for job in repository.get_all_jobs() if job.name != "__ASSET_JOB"]
+    can_train = {
+        job.name
+        for job in jobs
+        for node in job.graph.iterate_op_defs()
+        if node.pool == TRAINING_POOL
+    }
+
+    assert can_train == {"experiment", "validate", "top_up", "refresh"}
+    assert {job.name for job in jobs if TRAINS_TAG in job.tags} == can_train - {"refresh"}
 
 
 def test_a_run_of_the_live_side_ends_after_a_day(project_file):
