@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from causalmix_pipeline.adapters.local_workers import LocalWorkers, free_memory, n_cores
-from causalmix_pipeline.adapters.run_store import RunStore, bits_per_byte
+from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore, bits_per_byte
 from causalmix_pipeline.adapters.tokenizer import cut_windows
 from causalmix_pipeline.core.errors import DiskFullError, ProxyError, WorkError
 from causalmix_pipeline.core.pretrained import PretrainedConfig
-from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.proxy import ProxyConfig, StackResult
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.core.token_sampler import window_counts, window_schedule
 from causalmix_pipeline.core.work import WorkBackend
@@ -135,9 +135,12 @@ class LocalBackend:
     def _stacks(self, specs: Sequence[ProxySpec]) -> list[list[ProxySpec]]:
         """Group specs of one model and one token store, neighbours of one state together."""
         groups: dict[tuple, list[ProxySpec]] = {}
-        for spec in specs:
-            groups.setdefault((spec.config, spec.tokens_hash, spec.eval_hash), []).append(spec)
         stacks = []
+        for spec in specs:
+            if spec.controller is not None:  # what it reads depends on its own losses
+                stacks.append([spec])
+                continue
+            groups.setdefault((spec.config, spec.tokens_hash, spec.eval_hash), []).append(spec)
         for (config, *_), group in groups.items():
             size = self.stack_size(config, len(group))
             stacks += [group[i : i + size] for i in range(0, len(group), size)]
@@ -260,7 +263,10 @@ def _train(
 ) -> list[ProxyRecord]:
     config = specs[0].config
     if isinstance(config, ProxyConfig):
-        return _train_stack(store, specs, config, n_models, device)
+        static = [spec for spec in specs if spec.controller is None]
+        records = _train_stack(store, static, config, n_models, device) if static else []
+        controlled = [spec for spec in specs if spec.controller is not None]
+        return records + [_train_controlled(store, spec, device) for spec in controlled]
     from causalmix_pipeline.adapters.pretrained_proxy import train_pretrained
 
     evaluation = store.evaluation(specs[0].eval_hash)
@@ -295,24 +301,55 @@ def _train_stack(
         score=score if evaluation.questions else None,
     )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    records = []
-    for k, spec in enumerate(specs):
-        nats = {task: float(values[k]) for task, values in result.eval_nats.items()}
-        records.append(
-            ProxyRecord(
-                key=spec.key,
-                spec=spec.to_dict(),
-                bits_per_byte={t: bits_per_byte(n, evaluation.n_bytes[t]) for t, n in nats.items()},
-                nats_per_token={t: n / result.eval_tokens[t] for t, n in nats.items()},
-                train_loss=[float(loss) for loss in result.train_loss_KS[k]],
-                diverged=bool(result.diverged_K[k]),
-                cpu_seconds=cpu / len(specs),
-                scores={task: float(score_K[k]) for task, score_K in result.scores.items()},
-                epochs=feeds[k].epochs,
-                seconds=wall,
-            )
+    return [
+        _record(
+            spec, result, k, evaluation, epochs=feeds[k].epochs, cpu=cpu / len(specs), wall=wall
         )
-    return records
+        for k, spec in enumerate(specs)
+    ]
+
+
+def _train_controlled(store: RunStore, spec: ProxySpec, device: str) -> ProxyRecord:
+    """Train a run whose mixture is set by its controller."""
+    import torch  # noqa: F401  # loaded here, so that it's no run's time
+
+    from causalmix_pipeline.adapters.controlled_proxy import train_controlled
+
+    assert spec.controller is not None
+    evaluation = store.evaluation(spec.eval_hash)
+    done = train_controlled(store, spec, spec.controller, evaluation, device=device)
+    result = done.result
+    record = _record(
+        spec, result, 0, evaluation,
+        epochs=done.epochs, cpu=result.cpu_seconds, wall=result.seconds,
+    )  # fmt: skip
+    return replace(record, control=done.control)
+
+
+def _record(
+    spec: ProxySpec,
+    result: StackResult,
+    k: int,
+    evaluation: EvalWindows,
+    *,
+    epochs: list[float],
+    cpu: float,
+    wall: float,
+) -> ProxyRecord:
+    """The record of the k-th model of a stack."""
+    nats = {task: float(values[k]) for task, values in result.eval_nats.items()}
+    return ProxyRecord(
+        key=spec.key,
+        spec=spec.to_dict(),
+        bits_per_byte={t: bits_per_byte(n, evaluation.n_bytes[t]) for t, n in nats.items()},
+        nats_per_token={t: n / result.eval_tokens[t] for t, n in nats.items()},
+        train_loss=[float(loss) for loss in result.train_loss_KS[k]],
+        diverged=bool(result.diverged_K[k]),
+        cpu_seconds=cpu,
+        scores={task: float(score_K[k]) for task, score_K in result.scores.items()},
+        epochs=epochs,
+        seconds=wall,
+    )
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from causalmix_pipeline.adapters.tokenizer import TokenStore
-from causalmix_pipeline.core.token_sampler import domain_schedule
+from causalmix_pipeline.core.token_sampler import EndlessOrder, domain_schedule
 
 #: Unfinished sequences that a sample may still go into; more waste less padding.
 N_OPEN = 32
@@ -228,6 +228,26 @@ def token_schedule(
         n_epochs = int(wanted // tokens_S.sum()) + 1  # one sequence more than fits is there, too
         orders.append(np.concatenate([rng.permutation(len(tokens_S)) for _ in range(n_epochs)]))
         ends.append(np.cumsum([0, *tokens_S[orders[-1]]]))
+    counts_D, read_D = _nearest_counts(ends, wanted_D, n_tokens)
+    domain_W = domain_schedule(counts_D, seed=seed)
+    sequence_W = np.zeros(len(domain_W), dtype=np.int64)
+    for d, order in enumerate(orders):
+        sequence_W[domain_W == d] = order[: counts_D[d]]
+    available_D = np.array([max(int(tokens_S.sum()), 1) for tokens_S in tokens_DS])
+    return Schedule(domain_W, sequence_W, read_D.astype(np.int64), read_D / available_D)
+
+
+def _nearest_counts(
+    ends: Sequence[np.ndarray], wanted_D: np.ndarray, n_tokens: float, *, at_least: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences of each domain, and their tokens, for the tokens wanted of each.
+
+    Args:
+        ends: for each domain the tokens of its first 0, 1, ... sequences in reading order.
+        wanted_D: tokens of each domain.
+        n_tokens: tokens of all.
+        at_least: sequences of all; more tokens than wanted where they are few and long.
+    """
     counts_D = np.array(
         [
             np.searchsorted(e, w + 1e-6, side="right") - 1
@@ -236,18 +256,72 @@ def token_schedule(
     )
     read_D = np.array([e[c] for e, c in zip(ends, counts_D, strict=True)], dtype=float)
     while True:
-        d = int(np.argmax(wanted_D - read_D))
+        d = int(np.argmax(np.where(wanted_D > 0, wanted_D - read_D, -np.inf)))
         left = n_tokens - read_D.sum()
-        if wanted_D[d] <= read_D[d] or counts_D[d] == len(orders[d]):
+        enough = counts_D.sum() >= at_least
+        if counts_D[d] == len(ends[d]) - 1 or (enough and wanted_D[d] <= read_D[d]):
             break
         size = ends[d][counts_D[d] + 1] - ends[d][counts_D[d]]
-        if left < size / 2:
+        if enough and left < size / 2:
             break
         counts_D[d] += 1
         read_D[d] += size
-    domain_W = domain_schedule(counts_D, seed=seed)
-    sequence_W = np.zeros(len(domain_W), dtype=np.int64)
-    for d, order in enumerate(orders):
-        sequence_W[domain_W == d] = order[: counts_D[d]]
-    available_D = np.array([max(int(tokens_S.sum()), 1) for tokens_S in tokens_DS])
-    return Schedule(domain_W, sequence_W, read_D.astype(np.int64), read_D / available_D)
+    return counts_D, read_D
+
+
+class BlockPacker:
+    """The sequences of a run whose shares change from block to block.
+
+    Attributes:
+        tokens_DS: tokens of each domain's sequences.
+        read_D: tokens read of each domain so far.
+    """
+
+    def __init__(self, tokens_DS: Sequence[np.ndarray], *, seed: int, order_seed: int) -> None:
+        """Begin a run; the seeds are those of `token_schedule`."""
+        self.tokens_DS, self.seed, self.n_blocks = tokens_DS, seed, 0
+        n = len(tokens_DS)
+        self.read_D, self._owed_D = np.zeros(n, dtype=np.int64), np.zeros(n)
+        self._place_D = np.zeros(n, dtype=np.int64)
+        self._orders = [
+            EndlessOrder(len(tokens_S), seed=[order_seed, d])
+            for d, tokens_S in enumerate(tokens_DS)
+        ]
+
+    def next_block(
+        self, shares_D: np.ndarray, n_tokens: float, *, at_least: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Domain and sequence inside the domain of each slot of the next block.
+
+        What rounding to whole sequences kept from a domain in earlier blocks is made up for: all
+        blocks so far together are within one sequence of their shares.
+
+        Args:
+            shares_D: shares of tokens, shape (D,), sum 1.
+            n_tokens: tokens of the block.
+            at_least: sequences of the block: one a step.
+        """
+        wanted_D = shares_D * n_tokens + self._owed_D
+        ahead = [self._ahead(d, wanted, at_least) for d, wanted in enumerate(wanted_D)]
+        ends = [np.cumsum([0, *self.tokens_DS[d][items]]) for d, items in enumerate(ahead)]
+        counts_D, tokens_D = _nearest_counts(
+            ends, np.maximum(wanted_D, 0), float(wanted_D.sum()), at_least=at_least
+        )
+        domain_W = domain_schedule(counts_D, seed=[self.seed, self.n_blocks])
+        sequence_W = np.zeros(len(domain_W), dtype=np.int64)
+        for d, items in enumerate(ahead):
+            sequence_W[domain_W == d] = items[: counts_D[d]]
+        self._owed_D = wanted_D - tokens_D
+        self._place_D += counts_D
+        self.read_D = self.read_D + tokens_D.astype(np.int64)
+        self.n_blocks += 1
+        return domain_W, sequence_W
+
+    def _ahead(self, domain: int, wanted: float, at_least: int) -> np.ndarray:
+        """Sequences of a domain that the next block may read, in their order."""
+        if wanted <= 0:
+            return np.zeros(0, dtype=np.int64)
+        tokens_S = self.tokens_DS[domain]
+        shortest = int(tokens_S.min()) if len(tokens_S) else 1
+        count = max(int(wanted // shortest) + 1, at_least)
+        return self._orders[domain].take(int(self._place_D[domain]), count)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -102,9 +102,8 @@ def train_pretrained(
     config = spec.config
     assert isinstance(config, PretrainedConfig)
     with _settled(device), _memory_named(config, device):
-        feed = Feed.of(store, spec)
-        model = load_model(config, device)
-        trainer = Trainer(model, config, device, feed, Checkpoints(store.scratch(spec.key)))
+        trainer = _trainer(store, spec, config, device)
+        model, feed = trainer.model, trainer.feed
         history = trainer.train(progress)
         # A model that a NaN has reached has nothing to say.
         scores = {} if history.diverged else _score(model, config, device, evaluation)
@@ -123,7 +122,19 @@ def train_pretrained(
         scores={} if diverged else scores.get("scores", {}),
         epochs=[float(epochs) for epochs in feed.epochs_D],
         seconds=history.seconds,
+        control=trainer.told(),
     )
+
+
+def _trainer(store: RunStore, spec: ProxySpec, config: PretrainedConfig, device: str) -> Trainer:
+    """The trainer of a run, its model loaded; of its controller where it has one."""
+    if spec.controller is not None:
+        from causalmix_pipeline.adapters.controlled_pretrained import controlled_trainer
+
+        return controlled_trainer(store, spec, spec.controller, device)
+    feed = Feed.of(store, spec)
+    model = load_model(config, device)
+    return Trainer(model, config, device, feed, Checkpoints(store.scratch(spec.key)))
 
 
 def _left_the_range(history: History, scores: dict[str, dict[str, float]], model: Any) -> bool:
@@ -175,6 +186,24 @@ def _no_memory(config: PretrainedConfig, device: str) -> ProxyError:
 # --- what a run reads
 
 
+class FeedLike(Protocol):
+    """What a trainer reads, step by step: `Feed`, or a feed that a controller steers."""
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps of the run."""
+        ...
+
+    @property
+    def epochs_D(self) -> np.ndarray:
+        """How often each domain was read."""
+        ...
+
+    def rows(self, step: int) -> list[SequenceRows]:
+        """The sequences of a step."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Feed:
     """The packed sequences of a run, step by step.
@@ -206,28 +235,7 @@ class Feed:
         """
         config = spec.config
         assert isinstance(config, PretrainedConfig)
-        tokens = store.token_store(spec.tokens_hash)
-        packed = [
-            pack_domain(
-                tokens, ids, length=config.sequence_length, response_only=config.response_only
-            )
-            for ids in store.state(spec.state_hash)
-        ]
-        for d, (domain, share) in enumerate(zip(packed, spec.mixture, strict=True)):
-            if domain.n_truncated or domain.n_dropped:
-                logger.info(
-                    "domain %d: %d samples cut at proxy.sequence_length, %d without any token to "
-                    "learn left out",
-                    d,
-                    domain.n_truncated,
-                    domain.n_dropped,
-                )
-            if share > 0 and not len(domain):
-                raise ProxyError(
-                    f"domain {d} of pool state {spec.state_hash} must have a token to learn within "
-                    f"proxy.sequence_length ({config.sequence_length}), got none. Raise it above "
-                    "the prompts' length, or leave the domain out."
-                )
+        packed = pack_state(store, spec, np.array(spec.mixture))
         schedule = token_schedule(
             np.array(spec.mixture),
             [domain.tokens_S for domain in packed],
@@ -236,7 +244,7 @@ class Feed:
             order_seed=int(spec.state_hash[:15], 16),
         )
         return cls(
-            tokens=tokens.tokens(),
+            tokens=store.token_store(spec.tokens_hash).tokens(),
             packed=packed,
             domain_W=schedule.domain_W,
             sequence_W=schedule.sequence_W,
@@ -249,6 +257,42 @@ class Feed:
         n = len(self.domain_W)
         slots = range(step * n // self.n_steps, (step + 1) * n // self.n_steps)
         return [self.packed[self.domain_W[w]].rows(self.tokens, self.sequence_W[w]) for w in slots]
+
+
+def pack_state(store: RunStore, spec: ProxySpec, shares_D: np.ndarray) -> list[PackedDomain]:
+    """The packed sequences of each domain of a spec's pool state.
+
+    Args:
+        store: has the pool state and its tokens.
+        spec: the run.
+        shares_D: positive for the domains that the run reads.
+
+    Raises:
+        ProxyError: if a domain that is read has no token to learn.
+    """
+    config = spec.config
+    assert isinstance(config, PretrainedConfig)
+    tokens = store.token_store(spec.tokens_hash)
+    packed = [
+        pack_domain(tokens, ids, length=config.sequence_length, response_only=config.response_only)
+        for ids in store.state(spec.state_hash)
+    ]
+    for d, (domain, share) in enumerate(zip(packed, shares_D, strict=True)):
+        if domain.n_truncated or domain.n_dropped:
+            logger.info(
+                "domain %d: %d samples cut at proxy.sequence_length, %d without any token to "
+                "learn left out",
+                d,
+                domain.n_truncated,
+                domain.n_dropped,
+            )
+        if share > 0 and not len(domain):
+            raise ProxyError(
+                f"domain {d} of pool state {spec.state_hash} must have a token to learn within "
+                f"proxy.sequence_length ({config.sequence_length}), got none. Raise it above "
+                "the prompts' length, or leave the domain out."
+            )
+    return packed
 
 
 # --- the model
@@ -358,6 +402,39 @@ def summed_loss(model: Any, rows: Sequence[SequenceRows], device: str) -> Any:
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    output_N, target_N, head = _outputs(model, rows, device)
+
+    def nats(rows_NH: Any, targets_N: Any) -> Any:
+        return torch.nn.functional.cross_entropy(head(rows_NH).float(), targets_N, reduction="sum")
+
+    if head is _logits_already:
+        return nats(output_N, target_N)
+    total = output_N.float().sum() * 0  # a graph even where no token has loss
+    for at in range(0, len(target_N), HEAD_ROWS):
+        part = slice(at, at + HEAD_ROWS)
+        total = total + checkpoint(nats, output_N[part], target_N[part], use_reentrant=False)
+    return total
+
+
+def token_losses(model: Any, rows: Sequence[SequenceRows], device: str) -> np.ndarray:
+    """Nats of each token with loss of some sequences, without a gradient; fp32, shape (N,)."""
+    import torch
+
+    with torch.no_grad():
+        output_N, target_N, head = _outputs(model, rows, device)
+        parts = [
+            torch.nn.functional.cross_entropy(
+                head(output_N[at : at + HEAD_ROWS]).float(),
+                target_N[at : at + HEAD_ROWS],
+                reduction="none",
+            )
+            for at in range(0, len(target_N), HEAD_ROWS)
+        ]
+    return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=np.float32)
+
+
+def _outputs(model: Any, rows: Sequence[SequenceRows], device: str) -> tuple[Any, Any, Any]:
+    """What comes before the output layer for each token with loss, its target, and that layer."""
     width = max(row.n_tokens for row in rows)
     ids_BL = _stack([row.ids_L[:width] for row in rows], device)
     position_BL = _stack([row.position_L[:width] for row in rows], device)
@@ -366,19 +443,14 @@ def summed_loss(model: Any, rows: Sequence[SequenceRows], device: str) -> Any:
     inputs = {"input_ids": ids_BL, "position_ids": position_BL, "use_cache": False}
     inner = getattr(model, "get_base_model", lambda: model)()
     if not _has_plain_head(inner):
-        logits_NV = model(**inputs).logits[:, :-1][has_loss_BL]
-        return torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+        return model(**inputs).logits[:, :-1][has_loss_BL], target_N, _logits_already
     hidden_NH = inner.get_decoder()(**inputs).last_hidden_state[:, :-1][has_loss_BL]
-    head = inner.get_output_embeddings()
+    return hidden_NH, target_N, inner.get_output_embeddings()
 
-    def nats(rows_NH: Any, targets_N: Any) -> Any:
-        return torch.nn.functional.cross_entropy(head(rows_NH).float(), targets_N, reduction="sum")
 
-    total = hidden_NH.float().sum() * 0  # a graph even where no token has loss
-    for at in range(0, len(target_N), HEAD_ROWS):
-        part = slice(at, at + HEAD_ROWS)
-        total = total + checkpoint(nats, hidden_NH[part], target_N[part], use_reentrant=False)
-    return total
+def _logits_already(logits_NV: Any) -> Any:
+    """The output layer of a model whose logits aren't a linear map of its hidden states."""
+    return logits_NV
 
 
 def _stack(rows: list[np.ndarray], device: str) -> Any:
@@ -418,6 +490,7 @@ class History:
         n_losses: tokens with loss of each step.
         seconds, cpu_seconds: what it cost, over restarts.
         diverged: a loss or gradient wasn't finite.
+        control: state of the run's controller; None in a static run.
     """
 
     step: int
@@ -427,6 +500,7 @@ class History:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     diverged: bool = False
+    control: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Start the clocks."""
@@ -459,7 +533,7 @@ class Trainer:
         model: Any,
         config: PretrainedConfig,
         device: str,
-        feed: Feed,
+        feed: FeedLike,
         checkpoints: Checkpoints,
     ) -> None:
         """Start, or go on from the last checkpoint."""
@@ -499,10 +573,23 @@ class Trainer:
             history.step += 1
             if progress is not None:
                 progress(history.step, nats / n_losses)
-            if history.step % self.config.checkpoint_steps == 0 or history.step == n_steps:
-                history.take_time()
-                self.checkpoints.save(self)
+            self._after_step()
         return history
+
+    def _after_step(self) -> None:
+        """Keep a checkpoint where it is time."""
+        step = self.history.step
+        if step % self.config.checkpoint_steps == 0 or step == self.feed.n_steps:
+            self.save()
+
+    def save(self) -> None:
+        """Keep a checkpoint."""
+        self.history.take_time()
+        self.checkpoints.save(self)
+
+    def told(self) -> dict[str, Any] | None:
+        """What a controller did, for the run's record; None without one."""
+        return None
 
     def _gradients(self, rows: Sequence[SequenceRows], n_losses: int) -> float:
         """Summed nats of a step, its gradients over the step's tokens left in the weights.

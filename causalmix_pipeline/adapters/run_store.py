@@ -166,7 +166,7 @@ class RunStore:
 
     def put(self, record: ProxyRecord) -> None:
         """Keep the record of a finished run; in object storage, the first one that comes."""
-        values = asdict(record)
+        values = record.to_dict()
         content = json.dumps({"record": values, "sha256": _seal(values)}, sort_keys=True, indent=1)
         # Under a URL no lock spans machines: what was read once must not change.
         blobs = self._blobs

@@ -11,6 +11,7 @@ The shape is Qwen2's (arXiv 2407.10671), equal to `transformers`' Qwen2ForCausal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -460,17 +461,47 @@ class StackedQwen2:
         total_K = torch.zeros(self.n_models, dtype=torch.float64, device=self.device)
         for some_BL in windows.split(self.config.batch_size):
             tokens = some_BL.expand(self.n_models, *some_BL.shape)
-            normal = self._forward(tokens[:, :, :-1])
-            scaled = normal.mul_(self.weights["norm"][:, None, :])
-            targets_KN = tokens[:, :, 1:].reshape(self.n_models, -1)
-            for block, rows in self._chunks(scaled.shape[1]):
-                part, target = scaled[block, rows], targets_KN[block, rows, None]
-                logits = self._buffer("logits", *part.shape[:2], self.config.vocab_size)
-                self._product(logits, part, self.weights["embedding"][block].transpose(1, 2))
-                torch.log_softmax(logits, -1, out=logits)
-                chosen = torch.gather(logits, 2, target)
+            for block, _, chosen in self._log_probabilities(tokens):
                 total_K[block] -= chosen.sum((1, 2), dtype=torch.float64)
         return total_K.cpu().numpy()
+
+    def token_nats(self, windows_WL: np.ndarray) -> np.ndarray:
+        """Nats that each model pays for each predicted token of the windows.
+
+        Args:
+            windows_WL: tokens, the same for all models; shape (W, L + 1).
+
+        Returns:
+            fp32, shape (K, W, L).
+        """
+        import torch
+
+        windows = torch.as_tensor(windows_WL, device=self.device, dtype=torch.int64)
+        tokens = windows.expand(self.n_models, *windows.shape)
+        nats_KN = torch.zeros(self.n_models, windows[:, 1:].numel(), device=self.device)
+        for block, rows, chosen in self._log_probabilities(tokens):
+            nats_KN[block, rows] = -chosen[..., 0]
+        return nats_KN.view(self.n_models, *windows[:, 1:].shape).cpu().numpy()
+
+    def last_token_nats(self) -> np.ndarray:
+        """Nats of each token of the last `loss_and_gradients`, fp32, shape (K, B x L)."""
+        return -self._buffers["chosen"][..., 0].cpu().numpy()
+
+    def _log_probabilities(
+        self, tokens_KBL: torch.Tensor
+    ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Log-probabilities of the predicted tokens, a block of (models, tokens) at a time."""
+        import torch
+
+        normal = self._forward(tokens_KBL[:, :, :-1])
+        scaled = normal.mul_(self.weights["norm"][:, None, :])
+        targets_KN = tokens_KBL[:, :, 1:].reshape(self.n_models, -1)
+        for block, rows in self._chunks(scaled.shape[1]):
+            part, target = scaled[block, rows], targets_KN[block, rows, None]
+            logits = self._buffer("logits", *part.shape[:2], self.config.vocab_size)
+            self._product(logits, part, self.weights["embedding"][block].transpose(1, 2))
+            torch.log_softmax(logits, -1, out=logits)
+            yield block, rows, torch.gather(logits, 2, target)
 
     def to_transformers(self, model_index: int) -> dict[str, torch.Tensor]:
         """Weights of one model as a state dict of `transformers`' Qwen2ForCausalLM.

@@ -85,7 +85,7 @@ def train_stack(
         _check_tokens(
             f"eval_windows[{task!r}]", windows_WL, (None, config.sequence_length + 1), config
         )
-    with _one_thread():
+    with one_thread():
         try:
             return _train_whole(
                 config, next_batch, n_models, eval_windows, device, progress, score, model
@@ -94,7 +94,7 @@ def train_stack(
             if not is_out_of_memory(error):
                 raise
             if n_models == 1 or model is not None:
-                raise ProxyError(_short_of_memory(config, n_models)) from error
+                raise ProxyError(short_of_memory(config, n_models)) from error
     # Out of the except clause, whose traceback holds the stack that did not fit.
     _release(device)
     logger.warning("Out of memory with a stack of %d models: training its halves.", n_models)
@@ -129,7 +129,7 @@ def _train_whole(
     wall, cpu = time.perf_counter(), time.process_time()
     if model is None:
         model = StackedQwen2(config, n_models, device=device)
-    train_loss_KS = _train(model, next_batch, progress)
+    train_loss_KS = train_steps(model, next_batch, progress)
     eval_nats = {task: model.summed_nats(windows) for task, windows in eval_windows.items()}
     scores = {} if score is None else dict(score(model))
     return StackResult(
@@ -139,7 +139,7 @@ def _train_whole(
             task: windows.shape[0] * config.sequence_length
             for task, windows in eval_windows.items()
         },
-        diverged_K=_diverged(config, train_loss_KS, eval_nats),
+        diverged_K=diverged_models(config, train_loss_KS, eval_nats),
         seconds=time.perf_counter() - wall,
         cpu_seconds=time.process_time() - cpu,
         scores=scores,
@@ -157,7 +157,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _short_of_memory(config: ProxyConfig, n_models: int) -> str:
+def short_of_memory(config: ProxyConfig, n_models: int) -> str:
     """What to tell a user whose memory holds no stack of this size."""
     held = "one model" if n_models == 1 else f"a stack of {n_models} models"
     return (
@@ -213,12 +213,14 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
 
 
-def _train(model: StackedQwen2, next_batch: NextBatch, progress: Progress | None) -> np.ndarray:
+def train_steps(
+    model: StackedQwen2, next_batch: NextBatch, progress: Progress | None = None
+) -> np.ndarray:
     """Run all steps; the training loss by stretch of steps, shape (K, S)."""
     import torch
 
     config = model.config
-    optimiser = _AdamW(model)
+    optimiser = StackedAdamW(model)
     shape = (model.n_models, config.batch_size, config.sequence_length + 1)
     n_points = min(TRAIN_LOSS_POINTS, config.steps)
     ends = [config.steps * (point + 1) // n_points for point in range(n_points)]
@@ -238,7 +240,7 @@ def _train(model: StackedQwen2, next_batch: NextBatch, progress: Progress | None
     return np.stack(points, axis=1)
 
 
-def _diverged(
+def diverged_models(
     config: ProxyConfig, train_loss_KS: np.ndarray, eval_nats: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """Which models left the range where a loss means something, shape (K,)."""
@@ -275,7 +277,7 @@ def _check_tokens(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One torch thread inside, as many as before afterwards."""
     import torch
 
@@ -336,7 +338,7 @@ def fastest_stack_size(config: ProxyConfig, *, device: str = "cpu", n_bytes: int
     """
     most = CPU_MOST_MODELS if device == "cpu" else GPU_MOST_MODELS
     started, seconds, size = time.perf_counter(), {}, 1
-    with _one_thread():
+    with one_thread():
         fitting = min(most, models_that_fit(config, n_bytes, device=device))
         while size <= fitting and (not seconds or time.perf_counter() - started < MEASURE_SECONDS):
             try:
@@ -355,7 +357,7 @@ def _step_seconds(config: ProxyConfig, n_models: int, device: str) -> float:
     import torch
 
     model = StackedQwen2(config, n_models, device=device)
-    optimiser = _AdamW(model)
+    optimiser = StackedAdamW(model)
     shape = (n_models, config.batch_size, config.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape)
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
@@ -370,7 +372,7 @@ def _step_seconds(config: ProxyConfig, n_models: int, device: str) -> float:
     return min(took[1:])
 
 
-class _AdamW:
+class StackedAdamW:
     """AdamW over a whole stack, the gradient clipped for each model by itself."""
 
     def __init__(self, model: StackedQwen2) -> None:

@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from causalmix_pipeline.core.controllers import ControllerConfig, StaticMixture
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 
@@ -27,10 +28,12 @@ class ProxySpec:
         state_hash: content hash of the pool state.
         tokens_hash: name of the token store that holds the state's documents.
         eval_hash: name of the evaluation windows.
-        mixture: share of training tokens of each domain, in the state's order of domains.
+        mixture: share of training tokens of each domain, in the state's order of domains; what a
+            controller starts from.
         data_seed: order of domains over the run.
         config: model and training.
         engine: training code and the versions of its libraries.
+        controller: what sets the mixture during the run; None keeps it.
     """
 
     state_hash: str
@@ -40,12 +43,21 @@ class ProxySpec:
     data_seed: int
     config: ProxyConfig | PretrainedConfig
     engine: str
+    controller: ControllerConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Take a static controller as none: it is the same run."""
+        if isinstance(self.controller, StaticMixture):
+            object.__setattr__(self, "controller", None)
 
     def to_dict(self) -> dict:
-        """The spec as plain values; shares rounded to 1e-12."""
+        """The spec as plain values; shares rounded to 1e-12. Without a controller it has none."""
         values = asdict(self)
         values["mixture"] = [round(float(share), 12) for share in self.mixture]
         values["config"] = self.config.to_dict()
+        del values["controller"]
+        if self.controller is not None:
+            values["controller"] = self.controller.to_dict()
         values["code_version"] = CODE_VERSION
         return values
 
@@ -72,6 +84,7 @@ class ProxyRecord:
         epochs: how often the run read each domain's data, in the spec's order of domains; empty
             in a record of an earlier version.
         seconds: wall-clock time of the run's stack; 0 in a record of an earlier version.
+        control: what a controller did and cost (`ControlledRun.told`); None in a static run.
     """
 
     key: str
@@ -84,6 +97,14 @@ class ProxyRecord:
     scores: dict[str, float] = field(default_factory=dict)
     epochs: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    control: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values; a static run's has no `control`."""
+        values = asdict(self)
+        if self.control is None:
+            del values["control"]
+        return values
 
 
 @runtime_checkable

@@ -3,11 +3,19 @@
 Token-exact: over the whole run each domain gets its share of the windows to within one window.
 Stateless: the schedule is a function of (shares, number of windows, seed). The order of data inside
 a domain is a function of the pool state alone, so runs of one state share it.
+
+Where shares change from block to block (`BlockSampler`), what a block reads is a function of the
+seeds and of the shares up to it, and each block has its shares; read as one block, a run is what
+`window_schedule` gives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from causalmix_pipeline.core.errors import ProxyError
 
 
 def window_counts(mixture_D: np.ndarray, n_windows: int) -> np.ndarray:
@@ -25,7 +33,7 @@ def window_counts(mixture_D: np.ndarray, n_windows: int) -> np.ndarray:
     return counts_D
 
 
-def domain_schedule(counts_D: np.ndarray, *, seed: int) -> np.ndarray:
+def domain_schedule(counts_D: np.ndarray, *, seed: int | Sequence[int]) -> np.ndarray:
     """The domain of each window, spread so that every stretch has about the run's shares.
 
     The j-th window of a domain with n windows gets a random time in [j/n, (j+1)/n); windows are
@@ -68,3 +76,89 @@ def window_schedule(
         order = np.concatenate([rng.permutation(available) for _ in range(n_epochs)])
         window_W[domain_W == d] = order[:wanted]
     return domain_W, window_W
+
+
+class EndlessOrder:
+    """The order in which a domain of `size` items is read: a new one for each epoch."""
+
+    def __init__(self, size: int, *, seed: Sequence[int]) -> None:
+        """Begin with the first epoch's order."""
+        self.size = size
+        self._rng = np.random.default_rng(seed)
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Items `start` to `start + count` of the order, counted over all epochs; shape (count,).
+
+        Raises:
+            ProxyError: if the domain is empty and items are asked for.
+        """
+        if count and not self.size:
+            raise ProxyError(
+                "a domain with a share must have something to read, got nothing in this pool "
+                "state. Give it a share of 0 in each stage of the controller, or add documents."
+            )
+        while len(self._order) < start + count:
+            self._order = np.concatenate([self._order, self._rng.permutation(self.size)])
+        return self._order[start : start + count]
+
+
+def probe_items(size: int, count: int, *, seed: Sequence[int]) -> np.ndarray:
+    """Items of a domain that a probe looks at, all of them where there are fewer.
+
+    Args:
+        size: items of the domain.
+        count: items wanted.
+        seed: of the pool state, the domain and the block.
+    """
+    return np.random.default_rng(seed).permutation(size)[:count]
+
+
+class BlockSampler:
+    """The windows of a run whose shares change from block to block.
+
+    Attributes:
+        available_D: windows that each domain has.
+        read_D: windows read so far.
+    """
+
+    def __init__(self, available_D: np.ndarray, *, seed: int, order_seed: int) -> None:
+        """Begin a run; the seeds are those of `window_schedule`."""
+        self.available_D, self.seed, self.n_blocks = np.asarray(available_D), seed, 0
+        self.read_D = np.zeros(len(self.available_D), dtype=np.int64)
+        self._owed_D = np.zeros(len(self.available_D))
+        self._orders = [
+            EndlessOrder(int(size), seed=[order_seed, d]) for d, size in enumerate(available_D)
+        ]
+
+    def next_block(self, shares_D: np.ndarray, n_windows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Domain and window inside the domain of each slot of the next block.
+
+        What rounding kept from a domain in earlier blocks is made up for, so that a share of less
+        than a window a block is read, too: all blocks so far together are within one window of
+        their shares, and a block within two.
+
+        Args:
+            shares_D: shape (D,), sum 1; of domains with windows alone.
+            n_windows: windows of the block.
+        """
+        wanted_D = shares_D * n_windows + self._owed_D
+        counts_D = _whole_counts(wanted_D, n_windows)
+        self._owed_D = wanted_D - counts_D
+        domain_W = domain_schedule(counts_D, seed=[self.seed, self.n_blocks])
+        window_W = np.zeros(n_windows, dtype=np.int64)
+        for d, count in enumerate(counts_D.tolist()):
+            window_W[domain_W == d] = self._orders[d].take(int(self.read_D[d]), count)
+        self.read_D = self.read_D + counts_D
+        self.n_blocks += 1
+        return domain_W, window_W
+
+
+def _whole_counts(wanted_D: np.ndarray, n_windows: int) -> np.ndarray:
+    """Whole numbers >= 0 that sum to `n_windows`, by largest remainder."""
+    counts_D = np.maximum(np.floor(wanted_D + 1e-9), 0).astype(np.int64)
+    while counts_D.sum() > n_windows:  # others were owed less than nothing
+        counts_D[np.argmax(np.where(counts_D > 0, counts_D - wanted_D, -np.inf))] -= 1
+    missing = n_windows - int(counts_D.sum())
+    counts_D[np.argsort(-(wanted_D - counts_D), kind="stable")[:missing]] += 1
+    return counts_D

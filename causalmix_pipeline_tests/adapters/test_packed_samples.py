@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalmix_pipeline.adapters.packed_samples import pack_domain, token_schedule
+from causalmix_pipeline.adapters.packed_samples import BlockPacker, pack_domain, token_schedule
 from causalmix_pipeline.adapters.tokenizer import TokenStore
 
 
@@ -147,3 +147,49 @@ def test_runs_of_one_state_share_the_order_inside_a_domain():
     a, b = (s.sequence_W[s.domain_W == 0] for s in (first, second))
     assert a[: len(b)].tolist() == b.tolist()
     assert first.domain_W.tolist() != second.domain_W.tolist()
+
+
+# Blocks
+
+
+SEQUENCES = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=2, max_size=4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEQUENCES, st.integers(1, 2000), st.integers(0, 99))
+def test_a_run_read_as_one_block_is_the_run_s_schedule(lengths, n_tokens, seed):
+    tokens_DS = [np.array(of_domain) for of_domain in lengths]
+    mixture_D = np.arange(1, len(lengths) + 1) / sum(range(len(lengths) + 1))
+    whole = token_schedule(mixture_D, tokens_DS, n_tokens, seed=seed, order_seed=5)
+    packer = BlockPacker(tokens_DS, seed=seed, order_seed=5)
+
+    domain_W, sequence_W = packer.next_block(mixture_D, n_tokens, at_least=0)
+
+    np.testing.assert_array_equal(domain_W, whole.domain_W)
+    np.testing.assert_array_equal(sequence_W, whole.sequence_W)
+    np.testing.assert_array_equal(packer.read_D, whole.tokens_D)
+
+
+def test_blocks_follow_their_shares_and_make_up_for_what_rounding_left():
+    rng = np.random.default_rng(0)
+    tokens_DS = [rng.integers(20, 65, 30) for _ in range(3)]
+    packer = BlockPacker(tokens_DS, seed=1, order_seed=2)
+    wanted_D = np.zeros(3)
+    for _ in range(40):
+        shares_D = rng.dirichlet([1, 1, 0.1])
+        before_D = packer.read_D
+        domain_W, sequence_W = packer.next_block(shares_D, 500.0, at_least=4)
+        wanted_D += 500.0 * shares_D
+        read_D = [tokens_DS[d][sequence_W[domain_W == d]].sum() for d in range(3)]
+
+        np.testing.assert_array_equal(packer.read_D - before_D, read_D)
+        assert np.abs(packer.read_D - wanted_D).max() < 65
+        assert abs(packer.read_D.sum() - wanted_D.sum()) < 65
+
+
+def test_a_block_has_a_sequence_for_every_step():
+    packer = BlockPacker([np.full(5, 100), np.full(5, 100)], seed=0, order_seed=0)
+
+    domain_W, _ = packer.next_block(np.array([0.5, 0.5]), 250.0, at_least=8)
+
+    assert len(domain_W) == 8

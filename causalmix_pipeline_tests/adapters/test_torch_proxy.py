@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from causalmix_pipeline.adapters import stacked_qwen2, torch_proxy
 from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2, transformers_config
-from causalmix_pipeline.adapters.torch_proxy import _AdamW, models_that_fit, train_stack
+from causalmix_pipeline.adapters.torch_proxy import StackedAdamW, models_that_fit, train_stack
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy import ProxyConfig
 
@@ -83,7 +83,7 @@ def train_plainly(model: Qwen2ForCausalLM, config: ProxyConfig, batches: np.ndar
 def losses_by_step(config: ProxyConfig, batches: np.ndarray) -> tuple[np.ndarray, StackedQwen2]:
     """Loss of each step of each model, (steps, K), and the trained stack."""
     stack = StackedQwen2(config, batches.shape[1])
-    optimiser = _AdamW(stack)
+    optimiser = StackedAdamW(stack)
     losses = []
     for step in range(config.steps):
         losses.append(stack.loss_and_gradients(batches[step]).numpy().copy())
@@ -317,7 +317,7 @@ def test_a_model_that_ends_worse_than_guessing_is_flagged_and_keeps_its_numbers(
 def test_a_model_that_can_not_be_scored_is_flagged():
     loss_KS, nats_K = np.ones((2, 3)), np.array([5.0, np.nan])
 
-    assert torch_proxy._diverged(TINY, loss_KS, {"math": nats_K}).tolist() == [False, True]
+    assert torch_proxy.diverged_models(TINY, loss_KS, {"math": nats_K}).tolist() == [False, True]
 
 
 def test_each_models_gradient_is_clipped_by_its_own_norm():
@@ -326,7 +326,7 @@ def test_each_models_gradient_is_clipped_by_its_own_norm():
         gradient[0], gradient[1] = 5.0, 1e-4
     before = {name: gradient.clone() for name, gradient in stack.flat_gradients.items()}
 
-    _AdamW(stack)._clip()
+    StackedAdamW(stack)._clip()
 
     after = torch.cat([gradient[0].flatten() for gradient in stack.flat_gradients.values()])
     assert torch.linalg.vector_norm(after).item() == pytest.approx(TINY.grad_clip, rel=1e-5)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from causalmix_pipeline.core.token_sampler import domain_schedule, window_counts, window_schedule
+from causalmix_pipeline.core.errors import ProxyError
+from causalmix_pipeline.core.token_sampler import (
+    BlockSampler,
+    EndlessOrder,
+    domain_schedule,
+    probe_items,
+    window_counts,
+    window_schedule,
+)
 
 #: No deadline: the machine that runs the tests may be busy.
 property_of = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
@@ -114,3 +122,90 @@ def test_equal_shares_never_differ_by_more_than_one_window(n_windows):
     counts_D = window_counts(np.full(7, 1 / 7), n_windows)
 
     assert np.ptp(counts_D) <= 1
+
+
+# Blocks
+
+
+@property_of
+@given(MIXTURES, st.integers(1, 500), st.integers(0, 2**63))
+def test_a_run_read_as_one_block_is_the_run_s_schedule(shares, n_windows, seed):
+    mixture_D = np.array(shares) / sum(shares)
+    available_D = np.arange(3, 3 + len(shares))
+    sampler = BlockSampler(available_D, seed=seed, order_seed=9)
+    counts_D = window_counts(mixture_D, n_windows)
+
+    block = sampler.next_block(mixture_D, n_windows)
+    whole = window_schedule(counts_D, available_D, seed=seed, order_seed=9)
+
+    np.testing.assert_array_equal(block, whole)
+    np.testing.assert_array_equal(sampler.read_D, counts_D)
+
+
+POSITIVE = st.lists(st.lists(st.floats(1e-3, 1.0), min_size=3, max_size=3), min_size=1, max_size=9)
+
+
+@property_of
+@given(POSITIVE, st.integers(1, 60))
+def test_blocks_have_their_shares_each_and_together(blocks, n_windows):
+    sampler = BlockSampler(np.full(3, 50), seed=1, order_seed=2)
+    wanted_D, read_D = np.zeros(3), np.zeros(3)
+    for shares in blocks:
+        shares_D = np.array(shares) / sum(shares)
+        domain_W, _ = sampler.next_block(shares_D, n_windows)
+        counts_D = np.bincount(domain_W, minlength=3)
+        wanted_D, read_D = wanted_D + shares_D * n_windows, read_D + counts_D
+
+        assert len(domain_W) == n_windows
+        assert np.abs(counts_D - shares_D * n_windows).max() < 2
+        assert np.abs(read_D - wanted_D).max() < 1 + 1e-6
+    np.testing.assert_array_equal(sampler.read_D, read_D)
+
+
+def test_a_share_below_a_window_a_block_is_read_in_some_blocks():
+    sampler = BlockSampler(np.array([100, 100]), seed=0, order_seed=0)
+    blocks = [sampler.next_block(np.array([0.97, 0.03]), 10)[0].sum() for _ in range(20)]
+
+    assert sum(blocks) == 6
+    assert max(blocks) == 1
+
+
+def test_a_domain_that_loses_its_share_is_read_no_more():
+    sampler = BlockSampler(np.array([100, 100, 100]), seed=0, order_seed=0)
+    sampler.next_block(np.array([0.24, 0.24, 0.52]), 5)
+    later = [sampler.next_block(np.array([0.0, 0.0, 1.0]), 5)[0] for _ in range(3)]
+
+    assert all(len(domain_W) == 5 for domain_W in later)
+    assert (np.concatenate(later)[1:] == 2).all()
+
+
+def test_a_domain_is_read_in_the_state_s_order_over_all_blocks():
+    sampler = BlockSampler(np.array([8, 8]), seed=3, order_seed=4)
+    parts = [sampler.next_block(np.array([share, 1 - share]), 10) for share in (0.9, 0.2, 0.5)]
+    domain_W, window_W = np.concatenate(parts, axis=1)
+    whole = window_schedule(np.array([16, 14]), np.array([8, 8]), seed=5, order_seed=4)
+
+    for d in (0, 1):
+        np.testing.assert_array_equal(window_W[domain_W == d], whole[1][whole[0] == d])
+
+
+def test_blocks_differ_in_the_order_of_domains():
+    sampler = BlockSampler(np.array([99, 99]), seed=3, order_seed=4)
+    first, second = (sampler.next_block(np.array([0.5, 0.5]), 40)[0] for _ in "ab")
+
+    assert (first != second).any()
+
+
+def test_an_empty_domain_with_a_share_is_refused():
+    with pytest.raises(ProxyError, match="must have something to read, got nothing"):
+        EndlessOrder(0, seed=[1]).take(0, 1)
+    assert len(EndlessOrder(0, seed=[1]).take(0, 0)) == 0
+
+
+def test_a_probe_looks_at_different_items_or_at_all():
+    items = probe_items(20, 5, seed=[1, 2, 3])
+
+    assert len(set(items.tolist())) == 5
+    assert sorted(probe_items(3, 5, seed=[1])) == [0, 1, 2]
+    np.testing.assert_array_equal(items, probe_items(20, 5, seed=[1, 2, 3]))
+    assert (items != probe_items(20, 5, seed=[1, 2, 4])).any()

@@ -1,0 +1,151 @@
+"""A run under a controller, whatever trains it: its blocks, what was seen, what it cost.
+
+An engine asks for the shares of the block it is in, tells what the block gave, and keeps `state`
+in its checkpoint. The controller itself isn't kept: it is built anew and sees the same blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from causalmix_pipeline.core.controllers import BlockSeen, ControllerConfig
+
+
+@dataclass
+class ExtraCompute:
+    """Tokens that a controlled run computes beside those it learns from.
+
+    Attributes:
+        forward_tokens: seen by a forward pass alone.
+        backward_tokens: seen by a forward and a backward pass, without an update.
+        reference_tokens: that a reference model was trained on.
+    """
+
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+    reference_tokens: int = 0
+
+    @property
+    def as_training_tokens(self) -> float:
+        """The training tokens of the same cost: a backward pass costs two forward passes."""
+        return self.forward_tokens / 3 + self.backward_tokens + self.reference_tokens
+
+
+class ControlledRun:
+    """The shares of a run, block by block.
+
+    Attributes:
+        ends: finished steps at the end of each block.
+        seen: the blocks that have ended.
+        path: shares of each block so far, the one that is being trained included; (D,) each.
+        extra: what it cost beside training.
+    """
+
+    def __init__(
+        self, config: ControllerConfig, mixture_D: np.ndarray, *, steps: int, seed: int
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            config: the controller's settings.
+            mixture_D: shares that it starts from.
+            steps: optimiser steps of the run.
+            seed: of the run.
+
+        Raises:
+            ConfigError: if the settings don't fit the run.
+        """
+        self.config, self.steps = config, steps
+        self.active_D = config.start(mixture_D) > 0
+        self.ends = config.ends(steps)
+        self.seen: list[BlockSeen] = []
+        self._controller = config.build(mixture_D[self.active_D], seed=seed)
+        self.path = [self._next(None)]
+        self.extra = ExtraCompute()
+
+    @property
+    def block(self) -> int:
+        """Number of the block that is being trained, or of blocks once all have ended."""
+        return len(self.seen)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no block comes after this one; its end needs no probe."""
+        return self.block == len(self.ends) - 1
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First step of the block, and the one after its last."""
+        return (self.ends[self.block - 1] if self.block else 0), self.ends[self.block]
+
+    @property
+    def shares_D(self) -> np.ndarray:
+        """Shares of the block."""
+        return self.path[-1]
+
+    def see(self, seen: BlockSeen) -> None:
+        """End the block; the controller sets the next one's shares."""
+        last = self.is_last
+        self.seen.append(seen)
+        if not last:
+            self.path.append(self._next(seen.of(self.active_D)))
+
+    def _next(self, seen: BlockSeen | None) -> np.ndarray:
+        shares_D = np.zeros(len(self.active_D))
+        shares_D[self.active_D] = self._controller.next_shares(seen)
+        return shares_D
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in values that JSON holds."""
+        return {
+            "seen": [seen.to_dict() for seen in self.seen],
+            "path": [shares_D.tolist() for shares_D in self.path],
+            "extra": asdict(self.extra),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Bring a run that has just begun to where another one was.
+
+        Raises:
+            ValueError: if the controller doesn't set the shares again that it had set.
+        """
+        assert not self.seen
+        for seen in state["seen"]:
+            self.see(BlockSeen.from_dict(seen))
+        if [shares_D.tolist() for shares_D in self.path] != state["path"]:
+            raise ValueError("the controller sets other shares from the same blocks")
+        self.extra = ExtraCompute(**state["extra"])
+
+    def told(self) -> dict[str, Any]:
+        """What a finished run's record keeps of its controller.
+
+        `path` has an entry a block: its first step, its shares, the tokens read and the training
+        loss of each domain (None where nothing was read). `mean_shares` is their mean over steps;
+        `tokens` is what the run learned from, `total_tokens` the training tokens of the same cost
+        as all that it computed, a forward pass a third of a training token.
+        """
+        starts = [0, *self.ends[:-1]]
+        tokens = int(sum(seen.tokens_D.sum() for seen in self.seen))
+        steps = np.diff([0, *[seen.step for seen in self.seen]])
+        mean_D = np.average(self.path[: len(steps)], axis=0, weights=steps) if len(steps) else None
+        return {
+            "kind": self.config.kind,
+            "path": [
+                {
+                    "step": start,
+                    "shares": shares_D.tolist(),
+                    "tokens": seen.tokens_D.tolist(),
+                    "loss": [None if math.isnan(loss) else loss for loss in seen.loss_D.tolist()],
+                }
+                for start, shares_D, seen in zip(starts, self.path, self.seen, strict=False)
+            ],
+            "mean_shares": None if mean_D is None else mean_D.tolist(),
+            "tokens": tokens,
+            **asdict(self.extra),
+            "total_tokens": tokens + self.extra.as_training_tokens,
+        }
