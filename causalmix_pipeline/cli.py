@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from causalmix_pipeline import cli_history, cli_tables, cli_top_ups
+from causalmix_pipeline import cli_export, cli_history, cli_tables, cli_top_ups
 from causalmix_pipeline.cli_output import ConfigOption, new_console
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 
@@ -531,6 +531,7 @@ def doctor(
 cli_tables.register(app)
 cli_top_ups.register(app)
 cli_history.register(app)
+cli_export.register(app)
 
 
 # ---------------------------------------------------------------------------- the way out

@@ -15,6 +15,7 @@ from causalmix_pipeline.assets import (
     recommendation,
     report,
     top_ups,
+    training_export,
     validation,
 )
 from causalmix_pipeline.automation.alerts import make_alert_sensor, make_run_failure_sensor
@@ -64,6 +65,7 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         recommendation,
         report,
         top_ups,
+        training_export,
         validation,
     ]
     assets = [

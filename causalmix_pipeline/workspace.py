@@ -296,10 +296,15 @@ def hold_project(data_path: Path) -> Iterator[None]:
 
 
 def root_cause(error: BaseException) -> CausalMixError | None:
-    """The error of ours that Dagster wrapped, if there is one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, CausalMixError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+    """The error of ours that Dagster wrapped, if there is one.
+
+    An error that is raised again while another is handled can stand in its own chain.
+    """
+    chain: list[BaseException] = []
+    last: BaseException | None = error
+    while last is not None and all(last is not known for known in chain):
+        if isinstance(last, CausalMixError):
+            return last
+        chain.append(last)
+        last = last.__cause__ or last.__context__
     return None

@@ -2,7 +2,7 @@
 
 `mixture.json` says what was decided; `manifest.parquet` lists documents and copies. A domain's
 documents are read in whole passes and one seeded partial pass, so that its tokens hit their target
-to within one document. A trainer's own format is another `Exporter`.
+to within one document. A trainer's own format is another `Exporter` (`trainer_formats.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import polars as pl
 
+from causalmix_pipeline.adapters.pool_door import ColumnMap
 from causalmix_pipeline.adapters.run_store import write_atomically
+from causalmix_pipeline.adapters.trainer_sources import Source, pool_sources
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 from causalmix_pipeline.core.mixture import check_mixture
 
@@ -39,6 +41,10 @@ class Export:
         seed: of the partial passes.
         verdict: of the overlap check.
         fingerprints: what this was made from, by name.
+        sources: the D domains as a trainer reads them.
+        columns: what the columns of the pool's files mean.
+        sample: files of a sample that was written of it: `jsonl` or `parquet`; None before.
+        sample_files: absolute paths of a sample in one stream; empty for one by domain.
     """
 
     domains: tuple[str, ...]
@@ -49,15 +55,37 @@ class Export:
     seed: int
     verdict: str
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[Source, ...] = ()
+    columns: ColumnMap = field(default_factory=ColumnMap)
+    sample: str | None = None
+    sample_files: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict:
-        """What `mixture.json` holds."""
+    @property
+    def text_fields(self) -> list[str]:
+        """Columns of the files that hold what is trained on."""
+        if self.sample is None:
+            texts = self.columns.texts
+            return [texts[role] for role in ("messages", "prompt", "response", "text")
+                    if role in texts]  # fmt: skip
+        return ["prompt", "response"] if self.has_prompts else ["text"]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a document of the pool is a prompt and its response."""
+        return "text" not in self.columns.texts
+
+    def tokens_of(self) -> dict[str, int]:
+        """Tokens that the run reads of each domain, repeats counted."""
         read = dict(
             self.manifest.group_by("domain")
             .agg((pl.col("n_tokens") * pl.col("copies")).sum())
             .iter_rows()
         )
-        tokens = {domain: int(read.get(domain, 0)) for domain in self.domains}
+        return {domain: int(read.get(domain, 0)) for domain in self.domains}
+
+    def to_dict(self) -> dict:
+        """What `mixture.json` holds."""
+        tokens = self.tokens_of()
         return {
             "unit": "share of training tokens",
             "verdict": self.verdict,
@@ -96,46 +124,6 @@ class ManifestExporter:
         return [mixture, manifest]
 
 
-def write_export(
-    folder: Path,
-    *,
-    mixture: Sequence[float] | np.ndarray,
-    domains: Sequence[str],
-    documents: pl.DataFrame,
-    budget_tokens: int,
-    seed: int = 0,
-    verdict: str,
-    fingerprints: Mapping[str, str] | None = None,
-    exporter: Exporter | None = None,
-) -> Export:
-    """Choose the documents for a mixture and write them for the trainer.
-
-    Args:
-        folder: where the files go; made if it isn't there.
-        mixture: shares of training tokens; shape (D,).
-        domains: D labels.
-        documents: the documents frame of the live pool; augmented rows are left out.
-        budget_tokens: tokens of the training run.
-        seed: decides which documents the partial pass reads.
-        verdict: of the overlap check, kept in `mixture.json`.
-        fingerprints: what this was made from, by name.
-        exporter: the format; `ManifestExporter` if None.
-
-    Returns:
-        The export.
-
-    Raises:
-        ConfigError: for a mixture off the simplex or a budget below 1.
-        PoolError: if a domain with a share has no document.
-    """
-    export = make_export(
-        mixture, domains, documents, budget_tokens=budget_tokens, seed=seed, verdict=verdict,
-        fingerprints=fingerprints or {},
-    )  # fmt: skip
-    (exporter or ManifestExporter()).write(Path(folder), export)
-    return export
-
-
 def make_export(
     mixture: Sequence[float] | np.ndarray,
     domains: Sequence[str],
@@ -145,14 +133,34 @@ def make_export(
     seed: int,
     verdict: str,
     fingerprints: Mapping[str, str],
+    columns: ColumnMap | None = None,
 ) -> Export:
-    """Choose documents and copies; see `write_export`."""
+    """Choose the documents for a mixture, and how often each is read.
+
+    Args:
+        mixture: shares of training tokens; shape (D,).
+        domains: D labels.
+        documents: the documents frame of the live pool; augmented rows are left out.
+        budget_tokens: tokens of the training run.
+        seed: decides which documents the partial pass reads, and the order of a sample.
+        verdict: of the overlap check, kept in `mixture.json`.
+        fingerprints: what this was made from, by name.
+        columns: what the columns of the pool's files mean.
+
+    Raises:
+        ConfigError: for a mixture off the simplex or a budget below 1.
+        PoolError: if a domain with a share has no document.
+    """
     mixture_D = check_mixture(np.asarray(mixture, dtype=float), field="mixture")
     if budget_tokens < 1:
         raise ConfigError(
             f"policy.budget_tokens must be >= 1, got {budget_tokens}: a run needs tokens."
         )
-    usable = documents.filter(~pl.col("augmented")).sort("domain", "document_id")
+    usable = (
+        documents.filter(~pl.col("augmented"))
+        .select(MANIFEST_COLUMNS)
+        .sort("domain", "document_id")
+    )
     parts, available = [], []
     for d, domain in enumerate(domains):
         part = usable.filter(pl.col("domain") == domain)
@@ -175,6 +183,8 @@ def make_export(
         seed=seed,
         verdict=verdict,
         fingerprints=fingerprints,
+        sources=pool_sources(usable, domains, mixture_D),
+        columns=columns or ColumnMap(),
     )
 
 

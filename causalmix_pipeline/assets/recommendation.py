@@ -1,4 +1,4 @@
-"""From effects and the live pool's state to a mixture, its rivals, its export and its report."""
+"""From effects and the live pool's state to a mixture and its rivals."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ import polars as pl
 from causalmix_pipeline.adapters.asked_estimator import fit_asked
 from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
 from causalmix_pipeline.adapters.estimators import fit_chosen
-from causalmix_pipeline.adapters.exporter import Export, write_export
 from causalmix_pipeline.adapters.sealed_frames import content_digest
-from causalmix_pipeline.assets.column_lineage import baselines_lineage, export_lineage
-from causalmix_pipeline.assets.pictures import bar, by_domain_table, markdown_table
+from causalmix_pipeline.assets.column_lineage import baselines_lineage
+from causalmix_pipeline.assets.pictures import by_domain_table
 from causalmix_pipeline.assets.recommendation_metadata import recommendation_metadata
 from causalmix_pipeline.core.belief import Overlap, reach_of
 from causalmix_pipeline.core.effects import Z90, EffectEstimator
@@ -23,7 +22,6 @@ from causalmix_pipeline.core.policy import Constraints, Recommendation, recommen
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.top_up import plan_top_up, stack_top_ups
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
-from causalmix_pipeline.resources.live_pools import pool_of_run
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
 
@@ -334,59 +332,3 @@ def recommended_mixture(
             ),
         ],
     )
-
-
-@dg.asset(dagster_type=FRAME, group_name="recommendation", kinds={"parquet"}, code_version="1")
-def training_export(
-    context: dg.AssetExecutionContext,
-    project: dg.ResourceParam[Project],
-    recommended_mixture: dict,
-    live_documents: pl.DataFrame,
-) -> dg.MaterializeResult:
-    """One row per document to train on, and how often: the recommended mixture made exact.
-
-    Also written as `mixture.json` and `manifest.parquet` into `data/export`. Stale when the
-    recommended mixture or the live documents change.
-    """
-    folder = pool_of_run(context, project.settings).folder("export")
-    export = write_export(
-        folder,
-        mixture=recommended_mixture["mixtures"]["recommended"],
-        domains=recommended_mixture["domains"],
-        documents=live_documents,
-        budget_tokens=int(recommended_mixture["budget_tokens"]),
-        seed=project.settings.seed,
-        verdict=recommended_mixture["verdict"],
-        fingerprints={
-            "live_documents": content_digest(live_documents),
-            "recommended_mixture": content_digest(recommended_mixture),
-        },
-    )
-    manifest = export.manifest
-    return dg.MaterializeResult(
-        value=manifest,
-        data_version=dg.DataVersion(content_digest([content_digest(manifest), export.to_dict()])),
-        metadata={
-            "documents": float(manifest.height),
-            "tokens": float((manifest["n_tokens"] * manifest["copies"]).sum()),
-            "domains": markdown_table(export_rows(export)),
-            **export_lineage(project.settings, manifest),
-            "folder": dg.MetadataValue.path(str(folder)),
-        },
-    )
-
-
-def export_rows(export: Export) -> list[dict]:
-    """Share, tokens and epochs of each domain, as exported."""
-    told = export.to_dict()
-    most = max(told["weights"].values())
-    return [
-        {
-            "domain": domain,
-            "share": told["weights"][domain],
-            "tokens": told["tokens"][domain],
-            "epochs": round(told["epochs"][domain], 3),
-            "by tokens": bar(told["weights"][domain] / most),
-        }
-        for domain in export.domains
-    ]

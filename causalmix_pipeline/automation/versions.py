@@ -48,6 +48,12 @@ def _imported(settings: Settings) -> Any:
     return [tables, _outcomes(settings), sorted(settings.task_weights)] if tables else []
 
 
+def _exported(settings: Settings) -> list[Any]:
+    """Formats and tokens of the export, where they aren't the defaults."""
+    asked = settings.export.model_dump(mode="json", exclude_defaults=True)
+    return [asked] if asked else []
+
+
 _ODD_DIRECTIONS = [("minimize", kind) for kind in ("choice", "exact", "lm_eval")]
 
 
@@ -103,7 +109,7 @@ DEPENDS_ON: dict[str, Callable[[Settings], Any]] = {
     "live_covariates": lambda s: s.covariates,
     "baseline_mixtures": _objective,
     "recommended_mixture": _objective,
-    "training_export": lambda s: [s.policy.budget_tokens, s.seed],
+    "training_export": lambda s: [s.policy.budget_tokens, s.seed, *_exported(s)],
     "report": _objective,
     "validation_runs": lambda s: [_proxy(s), s.task_weights, s.seed],
 }

@@ -85,6 +85,19 @@ EstimatorName = Literal[
     "stack",
 ]
 
+FormatName = Literal[
+    "json",
+    "datasets",
+    "llama_factory",
+    "trl",
+    "megatron",
+    "olmo_core",
+    "torchtitan",
+    "mosaic_streaming",
+    "axolotl",
+    "olmix",
+]
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 #: An owner that Dagster takes: its own rule for addresses, and a team with a name.
@@ -736,6 +749,24 @@ class Policy(Section):
         return self
 
 
+class Export(Section):
+    """What is written for the trainer when a mixture is recommended."""
+
+    formats: list[FormatName] = Field(
+        default=["json"],
+        description="Formats written into data/export, each but json in a folder of its name: "
+        "json (mixture.json and manifest.parquet, always written), datasets, llama_factory, trl, "
+        "megatron, olmo_core, torchtitan, mosaic_streaming, axolotl (copies the documents, since "
+        "it has no weights), olmix. `causalmix export` writes one by hand.",
+    )
+    tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens of the training run that is exported; null takes the budget of the "
+        "recommendation (policy.budget_tokens).",
+    )
+
+
 class Quality(Section):
     """When documents are too bad to go on."""
 
@@ -958,6 +989,7 @@ class Settings(Section):
         "source is put on the level of the own runs first.",
     )
     policy: Policy = Field(default=Policy(), description="How effects become a mixture.")
+    export: Export = Field(default=Export(), description="What is written for the trainer.")
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
     alerts: Alerts = Field(default=Alerts(), description="Who is told when something fails.")

@@ -13,7 +13,6 @@ from causalmix_pipeline.adapters.exporter import (
     ManifestExporter,
     count_copies,
     make_export,
-    write_export,
 )
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 
@@ -107,16 +106,12 @@ def test_noisy_twins_are_never_exported():
 
 
 def test_files_hold_what_the_trainer_needs(tmp_path):
-    write_export(
-        tmp_path / "export",
-        mixture=[0.75, 0.25],
-        domains=["math", "prose"],
-        documents=POOL,
-        budget_tokens=8000,
-        seed=4,
-        verdict="extrapolating",
+    export = make_export(
+        [0.75, 0.25], ["math", "prose"], POOL, budget_tokens=8000, seed=4, verdict="extrapolating",
         fingerprints={"live pool": "abc"},
-    )
+    )  # fmt: skip
+
+    ManifestExporter().write(tmp_path / "export", export)
 
     decided = json.loads((tmp_path / "export" / "mixture.json").read_text())
     manifest = pl.read_parquet(tmp_path / "export" / "manifest.parquet")
@@ -141,9 +136,7 @@ def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(tmp_path):
     assert set(contents[0]) == {"mixture.json", "manifest.parquet"}
 
 
-def test_another_format_takes_the_place_of_the_manifest(tmp_path):
-    """A trainer's own format needs one method."""
-
+def test_another_format_needs_one_method(tmp_path):
     class Names:
         def write(self, folder, export):
             folder.mkdir(exist_ok=True)
@@ -151,12 +144,7 @@ def test_another_format_takes_the_place_of_the_manifest(tmp_path):
             return [folder / "names.txt"]
 
     assert isinstance(Names(), Exporter)
-    write_export(
-        tmp_path, mixture=[0.5, 0.5], domains=["math", "prose"], documents=POOL,
-        budget_tokens=100, verdict="supported", exporter=Names(),
-    )  # fmt: skip
-
-    assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+    assert Names().write(tmp_path, export_of([0.5, 0.5], 100)) == [tmp_path / "names.txt"]
 
 
 def test_a_domain_without_share_may_be_empty():

@@ -37,6 +37,9 @@ IMPORTED = [{"source": "team_b", "ratios": "r.csv", "metrics": "m.csv", "covaria
          | {"validation_runs"}),
         ({"policy": {"trust_radius": 0.1}}, RECOMMENDATION),
         ({"policy": {"budget_tokens": 10**6}}, RECOMMENDATION | {"training_export"}),
+        ({"export": {"formats": ["json"], "tokens": None}}, set()),
+        ({"export": {"formats": ["trl"]}}, {"training_export"}),
+        ({"export": {"tokens": 10**6}}, {"training_export"}),
         ({"tasks": [TASKS[0] | {"weight": 0.5}, TASKS[1]]}, RECOMMENDATION | {"validation_runs"}
          | {"cate_interpretation", "cate_checks"}),
         ({"tasks": TASKS[:1]}, RECOMMENDATION | {"eval_tasks", "validation_runs"}
