@@ -97,7 +97,7 @@ def test_the_story_is_told_twice_and_trains_once(pool, tmp_path):
     )
     assert again.count(f": {only_live}.") == 2
     reports = sorted(path.name for path in (tmp_path / "data" / "reports").iterdir())
-    assert reports == ["demo_1.html", "demo_2.html", "demo_3.html", "report.html"]
+    assert reports == ["demo_1.html", "demo_2.html", "demo_3.html", "report.html", "report.md"]
 
 
 def test_the_demos_settings_are_valid_and_want_something(pool, tmp_path):

@@ -75,7 +75,8 @@ def test_each_pool_has_its_own_values_export_report_history_and_rejects(project)
         exported = json.loads((data / "export" / pool / "mixture.json").read_text())
         best = mixture["mixtures"]["recommended"]
         assert list(exported["weights"].values()) == pytest.approx(best)
-        assert (data / "reports" / pool / "report.html").is_file()
+        for page in ("report.html", "report.md"):
+            assert (data / "reports" / pool / page).is_file()
         assert (data / "history" / pool / "newest_profile.parquet").is_file()
         assert (data / "quarantine" / pool / "live_pool.parquet").is_file()
     both = [read_value(data / "assets" / "live_documents" / f"{pool}.parquet") for pool in POOLS]

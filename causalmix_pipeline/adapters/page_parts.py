@@ -17,13 +17,22 @@ def template_environment() -> Environment:
     """Where pages are made from their templates; values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("causalmix_pipeline.adapters", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["points"] = points_text
+    environment.tests["label"] = lambda part: isinstance(part, Name)
+    return environment
+
+
+class Name(str):
+    """A name from data: shown as text, and kept apart from what stands around it."""
+
+    __slots__ = ()
 
 
 def is_known(value: float | None) -> bool:
@@ -55,6 +64,11 @@ def signed_text(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return f"{value:+.3f}".replace("-", MINUS)
+
+
+def points_text(value: float) -> str:
+    """A change of a share in points, with its sign."""
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", MINUS)
 
 
 def tokens_text(value: float) -> str:

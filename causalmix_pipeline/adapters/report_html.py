@@ -2,15 +2,20 @@
 
 The file asks nothing of the network, follows the reader's light or dark setting, and prints. Plots
 are inline SVG whose positions are percentages, so that text keeps its size on a phone. Everything
-from data is escaped by the template engine.
+from data is escaped by the template engine, and the page's own policy lets no script run but the
+one that is part of it. Without scripts all but the sliders and the switch of the theme is there.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -26,6 +31,22 @@ from causalmix_pipeline.adapters.page_parts import (
     template_environment,
     tokens_text,
 )
+from causalmix_pipeline.adapters.report_answers import (
+    answers_of,
+    beyond,
+    outside_rows,
+    threshold_rows,
+)
+from causalmix_pipeline.adapters.what_if_html import WhatIf, what_if_view
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+#: Domains drawn on the first screen, and on that of a phone.
+FIRST_DOMAINS, FIRST_ON_PHONE = 12, 7
+
+#: Ratio of variances below which a task can't tell mixtures apart, and the largest that is drawn.
+NOISE_LIMIT, NOISE_TOP = 2.0, 1000.0
 
 #: Columns of each frame of `ReportData`.
 FRAME_COLUMNS = {
@@ -68,6 +89,9 @@ SERIES_CSS = {
     "log_linear": "s7",
     "dmo": "s8",
 }
+
+#: Mixtures drawn on the first screen.
+FIRST_SERIES = ("recommended", "reference", "natural")
 
 #: What each verdict means to the reader.
 VERDICTS = {
@@ -125,6 +149,11 @@ class ReportData:
             them out.
         beliefs: what was tried to prove the effect model wrong, and what can't be known; None
             leaves it out.
+        what_if: mixtures for other task weights; None leaves them out.
+        unconstrained_gain: gain of the mixture without limits; None if unknown.
+        learning_curve: rows `n_runs`, `part` of the runs there are, `r2`, `r2_se`.
+        history: a row per recommendation of this pool, oldest first: `made_at`, `verdict`, `gain`,
+            `low`, `high`, `realised`, `realised_se`; None or empty leaves it out.
     """
 
     domains: tuple[str, ...]
@@ -148,6 +177,10 @@ class ReportData:
     top_up: pl.DataFrame | None = None
     interpretation: Interpretation | None = None
     beliefs: Beliefs | None = None
+    what_if: WhatIf | None = None
+    unconstrained_gain: float | None = None
+    learning_curve: tuple[Mapping[str, Any], ...] = ()
+    history: pl.DataFrame | None = None
 
     def __post_init__(self) -> None:
         """Check names, lengths and columns: a wrong one is a bug of the caller."""
@@ -166,29 +199,54 @@ def render_report(data: ReportData) -> str:
     environment.filters.update(
         share=share_text, number=number_text, signed=signed_text, tokens=tokens_text
     )
-    headline = _row_of(data.gains, "mixture", "recommended")
+    shares, series = _share_rows(data), _series(data)
+    script = page_script()
     view = {
         "data": data,
+        "policy": page_policy(script),
+        "script": script,
+        "answered": answers_of(data),
         "explained": VERDICTS[data.verdict],
-        "headline": headline,
+        "first": _first_rows(shares),
+        "first_series": [s for s in series if s["key"] in FIRST_SERIES],
+        "n_on_phone": FIRST_ON_PHONE,
         "share_axis": _share_axis(data),
-        "shares": _share_rows(data),
-        "series": _series(data),
+        "shares": shares,
+        "series": series,
+        "weighed": data.what_if and what_if_view(data.what_if, data.domains),
         "mixture_gains": _interval_plot(_comparison_rows(data)),
         "task_gains": _interval_plot(_task_rows(data)),
         "binding": data.slack.filter("binds").to_dicts(),
-        "slack": data.slack.to_dicts(),
+        "slack": [_slack_row(row) for row in data.slack.to_dicts()],
+        "unconstrained": is_known(data.unconstrained_gain),
+        "thresholds": threshold_rows(data),
+        "curve": _curve_rows(data),
         "strips": _strips(data.covariates),
         "meanings": _meanings(data.covariates),
-        "outside": _outside(data.covariates),
+        "outside": outside_rows(data.covariates.to_dicts()),
+        "history": _history(data),
         "scatters": _scatters(data.predictions),
         "estimators": _estimator_groups(data),
-        "signal": data.signal.to_dicts(),
+        "signal": [_signal_row(row) for row in data.signal.to_dicts()],
         "top_up": _top_up_rows(data),
         "shown": data.interpretation and interpretation_view(data.interpretation),
         "believed": data.beliefs and beliefs_view(data.beliefs),
     }
     return environment.get_template("report.html.j2").render(view)
+
+
+@cache
+def page_script() -> Markup:
+    """The page's own script, as it stands in the package."""
+    from markupsafe import Markup
+
+    return Markup(Path(__file__).with_name("templates").joinpath("report.js").read_text("utf-8"))
+
+
+def page_policy(script: str) -> str:
+    """What the browser lets the page do: its own script and styles, nothing from anywhere."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def write_report(path: Path, data: ReportData) -> Path:
@@ -197,12 +255,6 @@ def write_report(path: Path, data: ReportData) -> Path:
 
     write_atomically(path, render_report(data).encode("utf-8"))
     return path
-
-
-def _row_of(frame: pl.DataFrame, column: str, value: str) -> dict[str, Any]:
-    rows = frame.filter(pl.col(column) == value).to_dicts()
-    assert rows, f"no row {value} in {frame[column].to_list()}"
-    return rows[0]
 
 
 # ---------------------------------------------------------------------------- the mixture
@@ -252,6 +304,18 @@ def _share_rows(data: ReportData) -> list[dict[str, Any]]:
     ]
 
 
+def _first_rows(shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the first screen: the largest shares, beside the reference and natural ones."""
+    rows = [
+        {**row, "bars": [bar for bar in row["bars"] if bar["key"] in FIRST_SERIES]}
+        for row in shares[:FIRST_DOMAINS]
+    ]
+    axis = Axis(0.0, max(bar["share"] for row in rows for bar in row["bars"]) or 1.0, ())
+    for row in rows:
+        row["bars"] = [{**bar, "x": axis.at(bar["share"])} for bar in row["bars"]]
+    return rows
+
+
 # ---------------------------------------------------------------------------- gains
 
 
@@ -279,14 +343,16 @@ def _interval_plot(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Dots with whiskers on one axis that holds 0."""
     values = [0.0]
     for row in rows:
-        values += [row[name] for name in ("gain", "low", "high") if is_known(row[name])]
+        names = ("gain", "low", "high", "realised")
+        values += [row[name] for name in names if is_known(row.get(name))]
     axis = Axis.around(min(values), max(values))
     placed = []
     for row in rows:
         known = is_known(row["low"]) and is_known(row["high"])
         x = axis.at(row["gain"]) if is_known(row["gain"]) else None
         low, high = (axis.at(row["low"]), axis.at(row["high"])) if known else (None, None)
-        placed.append({**row, "x": x, "x_low": low, "x_high": high})
+        realised = axis.at(row["realised"]) if is_known(row.get("realised")) else None
+        placed.append({**row, "x": x, "x_low": low, "x_high": high, "x_realised": realised})
     ticks = [{"x": axis.at(t), "text": f"{t:+.4g}".replace("-", MINUS) if t else "0"}
              for t in axis.ticks]  # fmt: skip
     return {"rows": placed, "zero": axis.at(0.0), "ticks": ticks}
@@ -320,7 +386,7 @@ def _strip(row: dict[str, Any]) -> dict[str, Any]:
         "x_low": axis.at(low),
         "x_high": axis.at(high),
         "states": sorted({axis.at(value) for value in states}),
-        "is_outside": _beyond(row) > 0,
+        "is_outside": beyond(row) > 0,
     }
 
 
@@ -330,28 +396,36 @@ def _meanings(frame: pl.DataFrame) -> dict[str, str]:
     return {name: COVARIATE_LABELS[name] for name in names if name in COVARIATE_LABELS}
 
 
-def _beyond(row: dict[str, Any]) -> float:
-    """How far the live value lies outside the states' range, in widths of that range.
-
-    1 where the range has no width: how far is far can't be told there.
-    """
-    if not row["states"]:
-        return 0.0
-    low, high = min(row["states"]), max(row["states"])
-    distance = max(low - row["live"], row["live"] - high, 0.0)
-    slack = 1e-9 * (1 + abs(low) + abs(high))
-    if distance <= slack:
-        return 0.0
-    return distance / (high - low) if high - low > slack else 1.0
+# ---------------------------------------------------------------------------- limits and noise
 
 
-def _outside(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    """Covariates outside the range of the states, the farthest first."""
-    rows = [{**row, "beyond": _beyond(row)} for row in frame.to_dicts()]
-    rows = [row for row in rows if row["beyond"] > 0]
-    for row in rows:
-        row["low"], row["high"] = min(row["states"]), max(row["states"])
-    return sorted(rows, key=lambda row: -row["beyond"])
+def _slack_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A constraint with the places of its value and its limit on a scale that holds both."""
+    top = max(row["value"], row["limit"], 0.0) or 1.0
+    axis = Axis(min(row["value"], row["limit"], 0.0), top, ())
+    return {**row, "x": axis.at(row["value"]), "x_limit": axis.at(row["limit"])}
+
+
+def _signal_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's signal with the places of its ratio and the limit on a logarithmic scale."""
+    axis = Axis(0.0, math.log10(NOISE_TOP), ())
+    known = is_known(row["ratio"]) and row["ratio"] > 0
+    x = axis.at(math.log10(max(row["ratio"], 1.0))) if known else None
+    return {**row, "x": x, "x_limit": axis.at(math.log10(NOISE_LIMIT))}
+
+
+def _curve_rows(data: ReportData) -> list[dict[str, Any]]:
+    axis = Axis(0.0, 1.0, ())
+    return [{**row, "x": axis.at(row["r2"])} for row in data.learning_curve if is_known(row["r2"])]
+
+
+def _history(data: ReportData) -> dict[str, Any] | None:
+    """Recommendations over time, and what was realised, on one axis that holds 0."""
+    if data.history is None or data.history.is_empty():
+        return None
+    rows = data.history.to_dicts()
+    realised = any(is_known(row["realised"]) for row in rows)
+    return {**_interval_plot(rows), "any_realised": realised}
 
 
 # ---------------------------------------------------------------------------- predictions

@@ -1,6 +1,7 @@
-"""The report that people read: one HTML file."""
+"""The report that people read: one HTML file, and the short of it as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -8,10 +9,14 @@ import polars as pl
 from causalmix_pipeline.adapters.beliefs_html import Beliefs
 from causalmix_pipeline.adapters.interpretation_html import Interpretation
 from causalmix_pipeline.adapters.report_html import ReportData, write_report
+from causalmix_pipeline.adapters.report_markdown import write_markdown
 from causalmix_pipeline.adapters.sealed_frames import content_digest
+from causalmix_pipeline.adapters.what_if_html import WhatIf
 from causalmix_pipeline.assets.interpretation import live_interpretation
+from causalmix_pipeline.assets.other_weights import other_weights
 from causalmix_pipeline.assets.recommendation import weights_of
 from causalmix_pipeline.assets.recommendation_metadata import in_short
+from causalmix_pipeline.assets.report_history import origins, recommendation_history
 from causalmix_pipeline.core.belief import UNSUPPORTED_FACTOR
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.top_up import stack_top_ups
@@ -98,8 +103,17 @@ def report_data(
     interpretation: Interpretation | None = None,
     beliefs: Beliefs | None = None,
     stacked: RunTable | None = None,
+    *,
+    what_if: WhatIf | None = None,
+    learning_curve: Sequence[Mapping[str, Any]] = (),
+    history: pl.DataFrame | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> ReportData:
-    """Everything the report shows; `stacked` is the run table with its top-ups, if it has some."""
+    """Everything the report shows.
+
+    `stacked` is the run table with its top-ups, if it has some; `origins` are fingerprints,
+    versions and seeds that the values themselves don't hold.
+    """
     stacked = stacked or runs
     n_top_ups = stacked.n_runs - runs.n_runs
     slack_schema = {
@@ -132,16 +146,21 @@ def report_data(
             "live covariates": content_digest(live_covariates)[:16],
             "run table": content_digest(runs.to_frame())[:16],
             "seed": str(cate_model["seed"]),
+            **(origins or {}),
         },
         policy=recommended["policy"],
         budget_tokens=recommended["budget_tokens"],
         top_up=pl.DataFrame(recommended["top_up"]) if recommended["top_up"] else None,
         interpretation=interpretation,
         beliefs=beliefs,
+        what_if=what_if,
+        unconstrained_gain=recommended["unconstrained_gain"],
+        learning_curve=tuple(learning_curve),
+        history=history,
     )
 
 
-@dg.asset(dagster_type=VALUES, group_name="recommendation", kinds={"html"}, code_version="2")
+@dg.asset(dagster_type=VALUES, group_name="recommendation", kinds={"html"}, code_version="3")
 def report(
     context: dg.AssetExecutionContext,
     project: dg.ResourceParam[Project],
@@ -155,38 +174,41 @@ def report(
     proxy_runs: pl.DataFrame,
     eval_tasks: dict,
 ) -> dg.MaterializeResult:
-    """One HTML file for people: the mixture, its gains, whether to believe them, and why.
+    """One page for people: the mixture, its gains, whether to believe them, and why.
 
-    Written to `data/reports/report.html`; opens without network. Stale when anything that it shows
-    changes.
+    Written to `data/reports/report.html`, which opens without network; `report.md` beside it says
+    the same in short, for pull requests. Stale when anything that it shows changes.
     """
-    runs = RunTable.from_frame(run_table)
-    stacked = stack_top_ups(runs, top_up_runs)
-    signal = signal_rows(cate_checks, proxy_runs, eval_tasks)
-    interpretation = live_interpretation(
-        stacked,
-        cate_model,
-        cate_interpretation,
-        recommended_mixture,
-        live_covariates,
-        weights_of(project.settings, runs),
-    )
+    settings, runs = project.settings, RunTable.from_frame(run_table)
+    pool, stacked = pool_of_run(context, settings), stack_top_ups(runs, top_up_runs)
     data = report_data(
         recommended_mixture,
         live_covariates,
         runs,
         cate_model,
-        signal,
-        interpretation,
+        signal_rows(cate_checks, proxy_runs, eval_tasks),
+        live_interpretation(
+            stacked,
+            cate_model,
+            cate_interpretation,
+            recommended_mixture,
+            live_covariates,
+            weights_of(settings, runs),
+        ),
         beliefs_of(cate_checks),
         stacked,
+        what_if=other_weights(settings, stacked, cate_model, recommended_mixture, live_covariates),
+        learning_curve=cate_checks["learning_curve"]["table"],
+        history=recommendation_history(context.instance, settings, pool),
+        origins=origins(context.instance, settings, pool),
     )
-    page = pool_of_run(context, project.settings).folder("reports", "report.html")
-    path = write_report(page, data)
+    path = write_report(pool.folder("reports", "report.html"), data)
+    short = write_markdown(path.with_suffix(".md"), data)
     value = {"path": str(path), "recommended_mixture": content_digest(recommended_mixture)}
+    texts = [file.read_text(encoding="utf-8") for file in (path, short)]
     return dg.MaterializeResult(
         value=value,
-        data_version=dg.DataVersion(content_digest(path.read_text(encoding="utf-8").split("\n"))),
+        data_version=dg.DataVersion(content_digest("\n".join(texts).split("\n"))),
         metadata={
             "in short": in_short(recommended_mixture),
             # Not a link: browsers follow none from a served page to a file.
@@ -194,6 +216,7 @@ def report(
                 path.as_uri()
             ),
             "file": dg.MetadataValue.path(str(path)),
+            "for pull requests": dg.MetadataValue.path(str(short)),
             "kilobytes": round(path.stat().st_size / 1000, 1),
         },
     )

@@ -24,6 +24,7 @@ from causalmix_pipeline.assets.proxy import (
     train_watched,
     training_figures,
 )
+from causalmix_pipeline.assets.report_history import REALISED, REALISED_SE
 from causalmix_pipeline.assets.small_pictures import Interval, interval_picture
 from causalmix_pipeline.core.design import Design
 from causalmix_pipeline.core.effects import Z90
@@ -192,6 +193,15 @@ def validation_runs(
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "trained now": float(progress.total),
+            **dict(
+                zip(
+                    (REALISED, REALISED_SE),
+                    frame.filter(mixture="recommended")
+                    .select("realised_gain", "realised_se")
+                    .row(0),
+                    strict=True,
+                )
+            ),
             "realised (dot, 90% interval)": interval_picture(
                 [
                     Interval(row["mixture"], gain, gain - Z90 * error, gain + Z90 * error)

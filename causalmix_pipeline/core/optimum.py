@@ -71,7 +71,7 @@ def find_optimum(
     Raises:
         ConfigError: if no mixture satisfies the constraints.
     """
-    tried_MD = constraints.project(_candidates(constraints, seed, starts), domains)
+    tried_MD = constraints.project(candidates(constraints, seed, starts), domains)
     start_D = tried_MD[0]
     value_M, excess_M = quick(tried_MD)
     scale = float(np.ptp(value_M)) or 1.0
@@ -85,7 +85,7 @@ def find_optimum(
         tried_MD = np.vstack([tried_MD, moved])
         value_M, excess_M = np.append(value_M, value), np.append(excess_M, excess)
     best = _order(value_M, excess_M)[:N_FINAL]
-    polished_D = _polish(quick, constraints, domains, tried_MD[best[0]], scale)
+    polished_D = polish(quick, constraints, domains, tried_MD[best[0]], scale)
     last_MD = np.vstack([polished_D, tried_MD[best], start_D])
     last_value_M, last_excess_M = whole(last_MD)
     winner = int(_order(last_value_M, last_excess_M)[0])
@@ -131,7 +131,7 @@ def spread_mixtures(n_domains: int, seed: int) -> np.ndarray:
     return dirichlet_design(N_CANDIDATES, n_domains, strength_range=(0.3, 3.0), seed=seed)
 
 
-def _candidates(constraints: Constraints, seed: int, starts: Sequence[np.ndarray]) -> np.ndarray:
+def candidates(constraints: Constraints, seed: int, starts: Sequence[np.ndarray]) -> np.ndarray:
     """The reference, then further starts, vertices and candidates."""
     reference_D = np.asarray(constraints.reference_D)
     n_domains = len(reference_D)
@@ -143,12 +143,13 @@ def _candidates(constraints: Constraints, seed: int, starts: Sequence[np.ndarray
     return np.vstack([reference_D, *starts, spread_MD, vertices, (vertices + reference_D) / 2])
 
 
-def _polish(
+def polish(
     judge: Judge,
     constraints: Constraints,
     domains: Sequence[str],
     start_D: np.ndarray,
     scale: float,
+    iterations: int = POLISH_ITERATIONS,
 ) -> np.ndarray:
     """Climb from a mixture as far as the value and the constraints allow, by differences."""
     from scipy.optimize import minimize
@@ -189,7 +190,7 @@ def _polish(
         method="SLSQP",
         bounds=list(zip(lower_D, upper_D, strict=True)),
         constraints=rules,
-        options={"maxiter": POLISH_ITERATIONS, "ftol": 1e-7},
+        options={"maxiter": iterations, "ftol": 1e-7},
     )
     return constraints.project(found.x if np.isfinite(found.x).all() else start_D, domains)
 

@@ -119,7 +119,7 @@ class Question:
 
     def judge(self, mixture_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Value and excess of each mixture, by the whole estimator; see `core.optimum.Judge`."""
-        return self._judge(self.estimator.gain(self.state_DP, mixture_MD, self.reference_D))
+        return self.judge_gain(self.estimator.gain(self.state_DP, mixture_MD, self.reference_D))
 
     def quick_judge(self) -> Judge:
         """The judge of the search: without a stack's stepwise members, if others answer."""
@@ -130,13 +130,16 @@ class Question:
         first = smooth(self.state_DP, self.reference_D[None], self.reference_D)
         if np.isnan(first.mean_MT[:, asked]).any():
             return self.judge
-        return lambda mixture_MD: self._judge(smooth(self.state_DP, mixture_MD, self.reference_D))
+        return lambda mixture_MD: self.judge_gain(
+            smooth(self.state_DP, mixture_MD, self.reference_D)
+        )
 
     def bound_MT(self, gain: Gain) -> np.ndarray:
         """Lower confidence bound of each task's gain."""
         return gain.mean_MT - self.confidence_z * np.nan_to_num(gain.se_MT)
 
-    def _judge(self, gain: Gain) -> tuple[np.ndarray, np.ndarray]:
+    def judge_gain(self, gain: Gain) -> tuple[np.ndarray, np.ndarray]:
+        """Value and excess of mixtures whose gains are known."""
         mean_M, se_M = _weigh(gain, self.estimator.task_correlation_TT, self.weights_T)
         z = 0.0 if self.by_mean else self.confidence_z
         guarded = np.isfinite(self.guard_T)

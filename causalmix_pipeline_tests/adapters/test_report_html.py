@@ -1,7 +1,11 @@
+import base64
 import dataclasses
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -15,14 +19,19 @@ from causalmix_pipeline.adapters.page_parts import (
     signed_text,
     tokens_text,
 )
+from causalmix_pipeline.adapters.report_answers import beyond
 from causalmix_pipeline.adapters.report_html import (
+    FIRST_DOMAINS,
+    FIRST_ON_PHONE,
     FRAME_COLUMNS,
     VERDICTS,
     ReportData,
-    _beyond,
+    page_policy,
+    page_script,
     render_report,
     write_report,
 )
+from causalmix_pipeline.adapters.what_if_html import WhatIf
 from causalmix_pipeline.core.falsification import OBJECTIVE
 
 DOMAINS = ("math", "manuals", "prose")
@@ -98,6 +107,32 @@ BELIEFS = Beliefs(
 )  # fmt: skip
 
 
+WHAT_IF = WhatIf(
+    tasks=("solving", "talking"),
+    moved=(0, 1),
+    weights_WT=np.array([[0.75, 0.25], [0.5, 0.5]]),
+    mixture_WD=np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]),
+    gain_WT3=np.array(
+        [
+            [[0.05, 0.03, 0.07], [-0.1, np.nan, np.nan]],
+            [[0.02, 0.01, 0.03], [0.1, np.nan, np.nan]],
+        ]
+    ),
+    total_W3=np.array([[0.046, 0.031, 0.061], [0.06, np.nan, np.nan]]),
+)
+
+HISTORY = pl.DataFrame(
+    {
+        "made_at": ["2026-01-01 09:00 UTC", "2026-01-02 09:00 UTC"],
+        "verdict": ["supported", "unsupported"],
+        "gain": [0.04, None],
+        "low": [0.02, None],
+        "high": [0.06, None],
+        "realised": [0.05, None],
+        "realised_se": [0.01, None],
+    }
+)
+
 TOP_UP = pl.DataFrame(
     {"share__math": [0.7, 0.1], "share__manuals": [0.2, 0.1], "share__prose": [0.1, 0.8]}
 )
@@ -106,7 +141,7 @@ TOP_UP = pl.DataFrame(
 class _Tags(HTMLParser):
     """Collects tags, attributes and text, and that every tag is closed in order."""
 
-    VOID = ("meta", "rect", "circle", "line", "br", "wbr")
+    VOID = ("meta", "rect", "circle", "line", "br", "wbr", "input")
 
     def __init__(self, html: str):
         super().__init__()
@@ -128,7 +163,8 @@ class _Tags(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data
 
 
 def text_of(html: str) -> str:
@@ -145,8 +181,33 @@ def test_nothing_is_fetched_from_anywhere():
     html = render_report(report_data())
 
     fetching = {"src", "href", "action", "poster", "data", "srcset", "xlink:href"}
-    assert not [name for _, name, _ in _Tags(html).attributes if name in fetching]
-    assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe", html)
+    found = [value for _, name, value in _Tags(html).attributes if name in fetching]
+    assert found and all(value and value.startswith("#") for value in found)
+    assert not re.search(r"https?:|url\(|@import|<link|<iframe|fetch\(|XMLHttp|import\(", html)
+    assert page_policy(page_script()).startswith("default-src 'none';")
+
+
+def test_every_link_leads_to_a_place_in_the_page():
+    for verdict in VERDICTS:
+        attributes = _Tags(render_report(report_data(verdict=verdict, what_if=WHAT_IF))).attributes
+        places = [value for _, name, value in attributes if name == "id"]
+
+        assert len(places) == len(set(places))
+        wanted = {value[1:] for _, name, value in attributes if name == "href" and value}
+        assert wanted <= set(places)
+
+
+def test_the_only_scripts_are_the_page_own_and_its_values():
+    html = render_report(report_data(what_if=WHAT_IF))
+
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", html, re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [
+        ' type="application/json" id="what-if"',
+        "",
+    ]
+    assert json.loads(scripts[0][1])["weights"] == [[0.75, 0.25], [0.5, 0.5]]
+    digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    assert f"&#39;sha256-{digest}&#39;" in html
 
 
 def test_names_from_data_can_do_nothing_in_the_page():
@@ -176,20 +237,76 @@ def test_names_from_data_can_do_nothing_in_the_page():
         reference_name=evil,
         made_at=evil,
         policy=evil,
+        what_if=dataclasses.replace(WHAT_IF, tasks=(evil, "</script><!--")),
+        history=HISTORY.with_columns(made_at=pl.lit(evil), verdict=pl.lit(evil)),
     )
 
     html = render_report(data)
 
-    assert "<script" not in html
+    assert re.findall("<script[^>]*>", html) == [
+        '<script type="application/json" id="what-if">',
+        "<script>",
+    ]
+    assert html.count("</script") == 2 and "<!--" not in html
     assert "&lt;script&gt;" in html
+    held = re.search(r'id="what-if">(.*?)</script>', html, re.DOTALL)
+    assert held and json.loads(held[1])["tasks"] == [evil, "</script><!--"]
 
 
 def test_the_answer_comes_first():
     text = text_of(render_report(report_data()))
 
-    assert text.index("Recommended mixture") < text.index("+0.046") < text.index("50%")
-    assert "90% interval +0.031 to +0.061" in text
+    before = text[: text.index("All mixtures")]
+    assert "Recommended mixture" in before and "50%" in before
+    answers = text[: text.index("Shares as a table")]
+    assert "+0.046 bits per byte over the reference mixture (natural)" in answers
+    assert "proxy runs have seen pools like this one. 90% interval +0.031 to +0.061" in answers
+    assert "math is raised from 20% to 50%, mostly at the cost of prose." in answers
+    assert "Loosening the limit that binds: prose: least share (at 0.200)." in answers
     assert VERDICTS["supported"][:40] in text
+
+
+def test_the_first_screen_draws_only_the_largest_shares():
+    many = tuple(f"domain {i}" for i in range(15))
+    mixtures = {"recommended": (1 / 15,) * 15, "reference": (0.5, *(0.5 / 14,) * 14)}
+
+    html = render_report(report_data(domains=many, mixtures=mixtures))
+    first = html[html.index('id="what"') : html.index('id="better"')]
+
+    assert first.count('class="row') == FIRST_DOMAINS
+    assert first.count("later") == FIRST_DOMAINS - FIRST_ON_PHONE
+    assert "The largest shares of 15 domains." in first
+
+
+def test_mixtures_for_other_task_weights_are_there_without_scripts_too():
+    html = render_report(report_data(what_if=WHAT_IF))
+    text = text_of(html)
+
+    assert html.count('type="range"') == 2
+    assert "2 mixtures were computed when this report was made" in text
+    # Half of the weight to talking: prose takes over.
+    assert re.search(r"talking ?50% ?prose 70%, manuals 20%, math 10%", text)
+    assert "Other task weights" not in text_of(render_report(report_data()))
+
+
+def test_recommendations_over_time_stand_beside_what_was_realised():
+    text = text_of(render_report(report_data(history=HISTORY)))
+
+    assert re.search(r"2026-01-01 09:00 UTC supported ?\+0.040 \+0.050", text)
+    assert "No validation runs" not in text
+    assert "No validation runs" in text_of(
+        render_report(report_data(history=HISTORY.with_columns(realised=pl.lit(None, pl.Float64))))
+    )
+    assert "over time" not in text_of(render_report(report_data(history=HISTORY.clear())))
+
+
+def test_the_worth_of_more_runs_is_a_table():
+    rows = ({"n_runs": 40, "part": 1.0, "r2": 0.8, "r2_se": 0.02},
+            {"n_runs": 80, "part": 2.0, "r2": 0.9, "r2_se": None})  # fmt: skip
+
+    text = text_of(render_report(report_data(learning_curve=rows)))
+
+    assert re.search(r"40 ?0.800 ?0.020 ?80 ?0.900 ?" + UNKNOWN, text)
 
 
 def test_what_was_tried_and_what_cant_be_known_is_told():
@@ -247,8 +364,8 @@ def test_an_unsupported_pool_keeps_the_reference_and_promises_nothing():
     assert "Reference mixture kept" in text
     assert "no gain promised" in text
     assert "+0.046" not in text
-    assert "The 2 top-up proxy runs below would tell more" in text
-    assert "What binds" not in text
+    assert "The 2 proxy runs of the top-up plan, made on this very pool." in text
+    assert "Gain on each task" not in text and "Loosening it" not in text
 
 
 def test_the_top_up_plan_lists_each_run():
@@ -265,8 +382,9 @@ def test_a_supported_pool_shows_no_top_up_plan():
 def test_the_reference_is_drawn_once_though_it_is_also_a_baseline():
     html = render_report(report_data())
 
-    drawn = re.findall(r'<span class="key s\d"></span>([^<]+)</li>', html)
-    assert drawn == ["recommended", "reference (natural)", "equal", "RegMix"]
+    drawn = re.findall(r'<span class="key s\d"></span><bdi[^>]*>([^<]+)</bdi></li>', html)
+    assert drawn[:2] == ["recommended", "reference (natural)"]  # on the first screen
+    assert drawn[2:] == ["recommended", "reference (natural)", "equal", "RegMix"]
 
 
 def test_what_binds_is_named_with_its_limit():
@@ -277,7 +395,7 @@ def test_what_binds_is_named_with_its_limit():
     assert "No constraint binds" in text_of(render_report(free))
 
 
-def test_a_covariate_outside_the_states_is_named_at_the_top():
+def test_a_covariate_outside_the_states_is_named_at_the_top_where_it_decides():
     covariates = frame(
         "covariates",
         [("math", "compress_ratio", 0.45, [0.4, 0.5]), ("prose", "symbol_share", 0.9, [0.1, 0.2])],
@@ -286,7 +404,12 @@ def test_a_covariate_outside_the_states_is_named_at_the_top():
     text = text_of(render_report(report_data(covariates=covariates)))
 
     assert "Outside the states' range: prose symbol_share 0.900 (states 0.100 to 0.200)" in text
-    assert text.index("Outside the states") < text.index("Shares as a table")
+    kept = text_of(render_report(report_data(covariates=covariates, verdict="unsupported")))
+    first = kept[: kept.index("Shares as a table")]
+    assert (
+        "symbol_share of prose is 0.900, and the pools of the proxy runs had 0.100 to 0.200"
+        in first
+    )
 
 
 def test_the_estimator_that_answers_is_marked_and_regmix_stands_beside():
@@ -356,10 +479,10 @@ def test_an_axis_holds_its_range_between_few_round_ticks(low, high):
 def test_a_value_on_the_border_of_the_states_is_inside():
     row = {"live": 0.1 + 0.2, "states": [0.1, 0.3]}  # .1 + .2 is above .3 by rounding
 
-    assert _beyond(row) == 0
-    assert _beyond({"live": 0.4, "states": [0.1, 0.3]}) == pytest.approx(0.5)
-    assert _beyond({"live": 0.4, "states": []}) == 0
-    assert _beyond({"live": 0.4, "states": [0.3, 0.3]}) == 1
+    assert beyond(row) == 0
+    assert beyond({"live": 0.4, "states": [0.1, 0.3]}) == pytest.approx(0.5)
+    assert beyond({"live": 0.4, "states": []}) == 0
+    assert beyond({"live": 0.4, "states": [0.3, 0.3]}) == 1
 
 
 def test_numbers_read_as_people_write_them():
