@@ -10,6 +10,7 @@ from causalmix_pipeline.cli_output import (
     ConfigOption,
     CovariatesOption,
     check_folder,
+    check_outputs,
     new_console,
 )
 from causalmix_pipeline.core.errors import ConfigError
@@ -82,12 +83,17 @@ def runs(
 ) -> None:
     """Write the project's own runs as ratios.csv, metrics.csv and covariates.csv."""
     from causalmix_pipeline.core.runs import RunTable
-    from causalmix_pipeline.histories import export_runs
+    from causalmix_pipeline.histories import TABLES, export_runs
     from causalmix_pipeline.workspace import open_workspace
 
     check_folder(out, [])
     console = new_console()
     with open_workspace(config, console) as work:
+        imported = work.settings.imported_runs
+        check_outputs(
+            [out / f"{name}.csv" for name in TABLES],
+            [work.settings.resolve(getattr(one, name)) for one in imported for name in TABLES],
+        )
         try:
             table = RunTable.from_frame(work.value("run_table"))
         except FileNotFoundError as error:

@@ -28,7 +28,8 @@ from causalmix_pipeline.workspace import Workspace
 #: What `--trained-on` calls the live pool where it's the only one.
 ONLY_POOL = "live"
 
-_NAMES = ("ratios", "metrics", "covariates")
+#: The tables, as options, settings and files name them.
+TABLES = ("ratios", "metrics", "covariates")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _entry(settings: Settings, source: str, randomised: bool) -> ImportedRuns:
         raise ConfigError(f"--source must be a new name, got {source!r} again: choose another.")
     root, folder = settings.resolve("."), settings.data_path / "imported" / source
     folder = folder.relative_to(root) if folder.is_relative_to(root) else folder
-    paths = {name: str(folder / f"{name}.csv") for name in _NAMES}
+    paths = {name: str(folder / f"{name}.csv") for name in TABLES}
     try:
         return ImportedRuns.model_validate({"source": source, "randomised": randomised, **paths})
     except ValidationError as error:
@@ -175,7 +176,17 @@ def _renamed(
     _refuse_unknown(tables, columns)
     found = {}
     for name, table in tables.items():
-        parts = {column: _own_name(column, columns) for column in table.value_columns}
+        parts = {
+            column: _own_name(column, columns, with_covariate=name == "covariates")
+            for column in table.value_columns
+        }
+        twice = [column for column, own in parts.items() if own != column and own in parts]
+        if twice:
+            raise ConfigError(
+                f"--column must give a name that {table.name} doesn't use otherwise, got "
+                f"{parts[twice[0]]!r} for {twice[0]!r}, and it has a column {parts[twice[0]]!r}: "
+                "drop or rename that one."
+            )
         found[name] = replace(table, frame=table.frame.rename(parts, strict=False))
     others = [name for name in found["metrics"].value_columns if name not in tasks]
     found["metrics"] = replace(found["metrics"], frame=found["metrics"].frame.drop(others))
@@ -193,12 +204,12 @@ def _refuse_unknown(tables: Mapping[str, Table], columns: Mapping[str, str]) -> 
             )
 
 
-def _own_name(column: str, columns: Mapping[str, str]) -> str:
+def _own_name(column: str, columns: Mapping[str, str], *, with_covariate: bool) -> str:
     """The project's name of a column; of a covariate, its domain is what may be named otherwise."""
     for own, theirs in sorted(columns.items(), key=lambda pair: -len(pair[1])):
         if column == theirs:
             return own
-        if column.startswith(f"{theirs}__"):
+        if with_covariate and column.startswith(f"{theirs}__"):
             return own + column.removeprefix(theirs)
     return column
 
@@ -207,7 +218,7 @@ def _read_back(
     settings: Settings, entry: ImportedRuns, folder: Path, domains: Sequence[str]
 ) -> tuple[RunTable, tuple[str, ...]]:
     """Read the copies as the asset will, before they are in their place."""
-    waiting = {name: str(folder / f"{name}.csv") for name in _NAMES}
+    waiting = {name: str(folder / f"{name}.csv") for name in TABLES}
     trial = settings.model_copy(update={"imported_runs": [entry.model_copy(update=waiting)]})
     return read_source(trial, 0, domains)
 
@@ -220,7 +231,11 @@ def _with_entry(config: Path, entry: ImportedRuns) -> str:
     """
     text = config.read_text(encoding="utf-8")
     fields = {name: value for name, value in entry if name != "metric_names"}
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items() if value is not False]
+    lines = [
+        f"{name}: {json.dumps(value, ensure_ascii=False)}"
+        for name, value in fields.items()
+        if value is not False
+    ]
     found = re.search(r"^imported_runs:[ \t]*(.*)$", text, re.MULTILINE)
     if found is None:
         return text.rstrip("\n") + "\n\nimported_runs:\n" + _item(lines, "  ")

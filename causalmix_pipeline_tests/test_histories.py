@@ -175,6 +175,25 @@ def test_what_cant_be_read_is_told_and_leaves_nothing(tables_of, capsys, options
     assert not list((config.parent / "data").glob("imported/.*"))
 
 
+def test_a_name_that_the_table_has_already_is_refused(tables_of, capsys):
+    config, folder = tables_of
+    first, second = own_table(config).domains[:2]
+
+    assert bring(config, folder, "--source", "x", f"--column={first}={second}") == 2
+
+    assert f"got {first!r} for {second!r}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_imported_tables_are_never_written_over(tables_of, capsys):
+    config, folder = tables_of
+    assert bring(config, folder, "--source", "x") == 0
+    place = config.parent / "data/imported/x"
+
+    assert main(["runs", "--out", str(place), "--config", str(config)]) == 2
+
+    assert "is an input" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_source_comes_once_and_a_list_in_one_line_is_left_to_the_user(tables_of, capsys):
     config, folder = tables_of
     assert bring(config, folder, "--source", "x") == 0
