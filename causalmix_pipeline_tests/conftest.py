@@ -9,9 +9,17 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 from causalmix_pipeline_tests.adapters.s3_server import s3_environment, s3_server
 from causalmix_pipeline_tests.postgres_server import postgres_folder, postgres_server
+
+#: The same examples each time, however busy the machine is. To look for others:
+#: `pytest --hypothesis-profile=default`.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 WORDS = {
     "math": ["sum", "angle", "prime", "factor", "seven", "equals", "root", "proof", "digit"],

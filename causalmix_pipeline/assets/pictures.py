@@ -176,8 +176,10 @@ def moves_plot(moves: pl.DataFrame, limit: int = 12, unit: str = "standard devia
     below = f"{hidden} more not shown" if hidden and rows else ""
     labels = [_shortened(f"{row['domain']} · {row['covariate']}", 64) for row in rows]
     values = [f"{row['effect']:+.3g}" for row in rows]
-    label_width = LETTER_WIDTH * max(map(_letters, labels), default=0) + 16
-    value_width = LETTER_WIDTH * max(map(_letters, values), default=0) + 16
+    # The least that a number below an end of the scale needs, such as -2.6e-162.
+    least = LETTER_WIDTH * 3
+    label_width = max(LETTER_WIDTH * max(map(_letters, labels), default=0), least) + 16
+    value_width = max(LETTER_WIDTH * max(map(_letters, values), default=0), least) + 16
     width = max(label_width + BARS_WIDTH + value_width, LETTER_WIDTH * _letters(title) + 32)
     height = ROW_HEIGHT * (len(rows) + 1 + bool(rows) + bool(below)) + 8
     middle, half = label_width + BARS_WIDTH / 2, BARS_WIDTH / 2 - 8
