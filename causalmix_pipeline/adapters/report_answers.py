@@ -50,6 +50,15 @@ class Answers:
     change: Sentence
 
 
+def heading_of(data: ReportData) -> str:
+    """What the report is about, in few words."""
+    if data.verdict != "unsupported":
+        return "Recommended mixture"
+    if data.is_reference:
+        return "Reference mixture kept"
+    return "Nearest to the reference mixture that the limits allow"
+
+
 def answers_of(data: ReportData) -> Answers:
     """The five answers."""
     gain = next(row for row in data.gains.to_dicts() if row["mixture"] == "recommended")
@@ -62,8 +71,10 @@ def answers_of(data: ReportData) -> Answers:
 def _what(data: ReportData) -> Sentence:
     shares = data.mixtures["recommended"]
     order = sorted(range(len(shares)), key=lambda d: (-shares[d], data.domains[d]))
-    kept = data.verdict == "unsupported"
-    parts = ["Keep the reference mixture: " if kept else "Train on "]
+    parts = ["Train on "]
+    if data.verdict == "unsupported":
+        nearest = "Train on the mixture nearest to the reference that the limits allow: "
+        parts = ["Keep the reference mixture: " if data.is_reference else nearest]
     for place, d in enumerate(order[:NAMED]):
         parts += [", " if place else "", Name(data.domains[d]), f" {share_text(shares[d])}"]
     rest = len(order) - NAMED
@@ -74,8 +85,11 @@ def _what(data: ReportData) -> Sentence:
 def _better(data: ReportData, gain: Mapping[str, Any]) -> Sentence:
     if data.verdict == "unsupported" or not is_known(gain["gain"]):
         return ("No gain is promised over the reference mixture.",)
+    if data.is_reference:
+        return ("The reference mixture itself (", Name(data.reference_name), ").")
+    unit = data.unit if data.unit == "bits per byte" else f"in {data.unit}"
     return (
-        f"{signed_text(gain['gain'])} bits per byte over the reference mixture (",
+        f"{signed_text(gain['gain'])} {unit} over the reference mixture (",
         Name(data.reference_name),
         "), weighted over the tasks.",
     )
@@ -85,12 +99,23 @@ def _sure(data: ReportData, gain: Mapping[str, Any]) -> Sentence:
     word = f"{data.verdict.capitalize()}: {VERDICT_WORDS[data.verdict]}."
     if data.verdict == "unsupported":
         return (word,)
+    if data.is_reference:
+        return (f"{word} The reference mixture itself has no gain to doubt.",)
     if not (is_known(gain["low"]) and is_known(gain["high"])):
         return (f"{word} This estimator gives no interval.",)
-    ends = f"90% interval {signed_text(gain['low'])} to {signed_text(gain['high'])}"
-    if gain["low"] > 0:
-        return (f"{word} {ends}, all of it a gain.",)
-    return (f"{word} {ends}: no gain at all is possible too.",)
+    return (f"{word} 90% interval {_ends(data, gain['low'], gain['high'])}.",)
+
+
+def _ends(data: ReportData, low: float, high: float) -> str:
+    """An interval and what it tells, judged by the numbers that are shown."""
+    ends = f"{signed_text(low)} to {signed_text(high)}"
+    if data.beliefs and data.beliefs.is_observational:
+        return f"{ends}; it isn't calibrated, since the runs are observational"
+    if round(low, 3) > 0:
+        return f"{ends}, all of it a gain"
+    if round(high, 3) < 0:
+        return f"{ends}, all of it a loss"
+    return f"{ends}: no gain at all is possible too"
 
 
 # ---------------------------------------------------------------------------- why
@@ -103,7 +128,10 @@ def _why(data: ReportData) -> Sentence:
     change = best - reference
     up, down = int(np.argmax(change)), int(np.argmin(change))
     if change[up] < 5e-4:
-        return ("No mixture within the limits is predicted to be better than the reference.",)
+        return (
+            "No mixture within the limits is predicted to be better than the reference for certain "
+            "enough (confidence_z).",
+        )
     parts = [
         Name(data.domains[up]),
         f" is raised from {share_text(reference[up])} to {share_text(best[up])}",
@@ -146,17 +174,20 @@ def _alone(data: ReportData, d: int, share: float) -> Sentence:
 def _decider(data: ReportData, d: int) -> Sentence:
     """The covariate that moves a domain's effect most."""
     shown = data.interpretation
-    if shown is None or shown.importance_CD is None or not shown.importance_CD.any():
+    if shown is None or shown.importance_CD is None or not shown.importance_CD[:, d].any():
         return ()
-    column = int(np.argmax(shown.importance_CD[:, d]))
-    domain, covariate = split_column(shown.columns[column])
-    return ("; how much it helps depends most on ", Name(covariate), " of ", Name(domain))
+    row = _columns(data)[shown.columns[int(np.argmax(shown.importance_CD[:, d]))]]
+    return (
+        "; how much it helps depends most on ",
+        Name(row["covariate"]),
+        " of ",
+        Name(row["domain"]),
+    )
 
 
-def split_column(column: str) -> tuple[str, str]:
-    """The domain and the covariate of a column."""
-    domain, _, covariate = column.rpartition("__")
-    return domain, covariate
+def _columns(data: ReportData) -> dict[str, Mapping[str, Any]]:
+    """Rows of the covariates by the name of their column; names may hold `__` themselves."""
+    return {f"{row['domain']}__{row['covariate']}": row for row in data.covariates.to_dicts()}
 
 
 # ---------------------------------------------------------------------------- what would change it
@@ -165,6 +196,8 @@ def split_column(column: str) -> tuple[str, str]:
 def _change(data: ReportData) -> Sentence:
     if data.verdict != "supported" and data.top_up is not None and not data.top_up.is_empty():
         return (f"The {data.top_up.height} proxy runs of the top-up plan, made on this very pool.",)
+    if data.verdict == "unsupported":
+        return ("Proxy runs made on this very pool.",)
     binding = data.slack.filter("binds").to_dicts()
     if binding:
         return _loosen(binding, data.unconstrained_gain)
@@ -173,7 +206,7 @@ def _change(data: ReportData) -> Sentence:
         return _turn(turns[0])
     if data.beliefs:
         return (f"More proxy runs: {data.beliefs.more_runs}.",)
-    return ("No limit binds; other task weights would.",)
+    return ("No limit binds, and no threshold of the pool is known that would change it.",)
 
 
 def _loosen(binding: Sequence[Mapping[str, Any]], free: float | None) -> Sentence:
@@ -216,13 +249,12 @@ def threshold_rows(data: ReportData) -> list[dict[str, Any]]:
     shown = data.interpretation
     if shown is None or shown.tree is None:
         return []
-    known = {(row["domain"], row["covariate"]): row for row in data.covariates.to_dicts()}
-    live = [known.get(split_column(column)) for column in shown.columns]
+    known = _columns(data)
+    live = [known[column] for column in shown.columns]
 
     def leaf(node: Mapping[str, Any]) -> str | None:
         while "column" in node:
             row = live[node["column"]]
-            assert row is not None, shown.columns[node["column"]]
             node = node["below"] if row["live"] <= node["threshold"] else node["above"]
         best = int(np.argmax(node["effects"]))
         return shown.domains[best] if node["effects"][best] > 0 else None
@@ -231,7 +263,6 @@ def threshold_rows(data: ReportData) -> list[dict[str, Any]]:
     now = leaf(node)
     while "column" in node:
         row = live[node["column"]]
-        assert row is not None, shown.columns[node["column"]]
         is_below = row["live"] <= node["threshold"]
         other = node["above"] if is_below else node["below"]
         distance = abs(row["live"] - node["threshold"])

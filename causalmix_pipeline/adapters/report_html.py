@@ -34,6 +34,7 @@ from causalmix_pipeline.adapters.page_parts import (
 from causalmix_pipeline.adapters.report_answers import (
     answers_of,
     beyond,
+    heading_of,
     outside_rows,
     threshold_rows,
 )
@@ -47,6 +48,9 @@ FIRST_DOMAINS, FIRST_ON_PHONE = 12, 7
 
 #: Ratio of variances below which a task can't tell mixtures apart, and the largest that is drawn.
 NOISE_LIMIT, NOISE_TOP = 2.0, 1000.0
+
+#: What gains are in where all tasks are losses, and where some aren't.
+BITS_PER_BYTE, OWN_UNITS = "bits per byte", "the tasks' own units"
 
 #: Columns of each frame of `ReportData`.
 FRAME_COLUMNS = {
@@ -102,13 +106,16 @@ VERDICTS = {
     "radius made smaller. Take the predicted gain as a rough guide, and train the top-up runs "
     "before a large training run.",
     "unsupported": "No proxy run has seen a pool like this one, so no gain can be promised: the "
-    "reference mixture is kept. The top-up runs listed below would help.",
+    "reference mixture is kept, or the nearest to it that the limits allow. The top-up runs listed "
+    "below would help.",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
-    """Everything the report shows, as plain values; gains and losses are in bits per byte.
+    """Everything the report shows, as plain values.
+
+    Losses and their gains are in bits per byte, other tasks in units of their own.
 
     A gain is positive where the mixture is better than the reference. An unknown interval is null
     or nan. `low` and `high` are the ends of 90% intervals.
@@ -116,8 +123,9 @@ class ReportData:
     Attributes:
         domains: D labels, in the pool's order.
         mixtures: name to shares in the order of `domains`. `recommended` and `reference` must be
-            there (where the verdict is `unsupported`, they are equal); `equal`, `natural`,
-            `regmix` and any other are shown beside them.
+            there (where the verdict is `unsupported`, they are equal, or `recommended` is the
+            mixture nearest to the reference that the limits allow); `equal`, `natural`, `regmix`
+            and any other are shown beside them.
         reference_name: what the reference is: natural, equal or fixed.
         verdict: `supported`, `extrapolating` or `unsupported`.
         overlap_score: distance of the live pool to the experiment's states, as `core.belief` has
@@ -133,12 +141,14 @@ class ReportData:
         covariates: a row per domain and covariate, raw units: `domain`, `covariate`, `live`,
             `states` (list of the value in each distinct state of the proxy runs).
         predictions: a row per proxy run and task, of the chosen estimator out of fold: `task`,
-            `observed`, `predicted`; outcomes (minus bits per byte) or bits per byte, both alike.
+            `observed`, `predicted`; outcomes, so that a loss is minus its bits per byte.
         estimators: a row per task and estimator: `task`, `estimator`, `chosen`, `r2_within`,
             `r2_within_se`, `spearman`, `spearman_se`, `coverage_90` (null without intervals).
         signal: a row per task: `task`, `mixture_variance`, `seed_variance`, `ratio`,
             `nats_per_token` (median held-out loss of the proxy runs) and `unigram_nats` (entropy of
             the task's token frequencies); the last two may be null.
+        losses: tasks whose outcome is a loss in bits per byte; others are probabilities, accuracies
+            or the like.
         provenance: label to value, shown as they are: fingerprints, versions, seeds, run counts.
         policy: name of the policy.
         made_at: when, as text; empty leaves it out.
@@ -170,6 +180,7 @@ class ReportData:
     predictions: pl.DataFrame
     estimators: pl.DataFrame
     signal: pl.DataFrame
+    losses: frozenset[str]
     provenance: Mapping[str, str] = field(default_factory=dict)
     policy: str = "optimum"
     made_at: str = ""
@@ -192,6 +203,25 @@ class ReportData:
             missing = [c for c in columns if c not in getattr(self, name).columns]
             assert not missing, f"ReportData.{name} lacks {missing}"
 
+    @property
+    def unit(self) -> str:
+        """What the weighted gain is in."""
+        return self._unit_of(self.task_gains.filter(pl.col("weight") > 0)["task"])
+
+    @property
+    def task_unit(self) -> str:
+        """What the gains of all tasks are in."""
+        return self._unit_of(self.task_gains["task"])
+
+    def _unit_of(self, tasks: pl.Series) -> str:
+        return BITS_PER_BYTE if self.losses.issuperset(tasks) else OWN_UNITS
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the recommended mixture is the reference itself."""
+        pairs = zip(self.mixtures["recommended"], self.mixtures["reference"], strict=True)
+        return all(abs(a - b) < 1e-9 for a, b in pairs)
+
 
 def render_report(data: ReportData) -> str:
     """The report as the text of one HTML file."""
@@ -205,6 +235,7 @@ def render_report(data: ReportData) -> str:
         "data": data,
         "policy": page_policy(script),
         "script": script,
+        "heading": heading_of(data),
         "answered": answers_of(data),
         "explained": VERDICTS[data.verdict],
         "first": _first_rows(shares),
@@ -225,7 +256,7 @@ def render_report(data: ReportData) -> str:
         "meanings": _meanings(data.covariates),
         "outside": outside_rows(data.covariates.to_dicts()),
         "history": _history(data),
-        "scatters": _scatters(data.predictions),
+        "scatters": _scatters(data.predictions, data.losses),
         "estimators": _estimator_groups(data),
         "signal": [_signal_row(row) for row in data.signal.to_dicts()],
         "top_up": _top_up_rows(data),
@@ -246,7 +277,10 @@ def page_script() -> Markup:
 def page_policy(script: str) -> str:
     """What the browser lets the page do: its own script and styles, nothing from anywhere."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def write_report(path: Path, data: ReportData) -> Path:
@@ -263,9 +297,11 @@ def write_report(path: Path, data: ReportData) -> Path:
 def _series(data: ReportData) -> list[dict[str, str]]:
     """The mixtures to draw, in order: key, colour class and label."""
     labels = {"recommended": "recommended", "regmix": "RegMix", "dmo": "DMO"}
-    kept = data.verdict == "unsupported"
-    names = [] if kept else ["recommended"]
-    names += ["reference"]
+    unsupported = data.verdict == "unsupported"
+    kept = unsupported and data.is_reference
+    if unsupported:
+        labels["recommended"] = "nearest to the reference that the limits allow"
+    names = ["reference"] if kept else ["recommended", "reference"]
     others = [n for n in data.mixtures if n not in ("recommended", "reference")]
     # The reference is one of the baselines as a rule: it is drawn once.
     names += [n for n in others if data.mixtures[n] != data.mixtures["reference"]]
@@ -334,8 +370,9 @@ def _task_rows(data: ReportData) -> list[dict[str, Any]]:
     rows = []
     for row in data.task_gains.sort("weight", "task", descending=[True, False]).to_dicts():
         note = f"weight {share_text(row['weight'] / total)}" if row["weight"] else "only reported"
+        loss = row["reference_bits_per_byte"] if row["task"] in data.losses else None
         rows.append({**row, "label": row["task"], "css": "s0" if row["weight"] else "s5",
-                     "note": note})  # fmt: skip
+                     "note": note, "reference_bits_per_byte": loss})  # fmt: skip
     return rows
 
 
@@ -431,12 +468,13 @@ def _history(data: ReportData) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------- predictions
 
 
-def _scatters(frame: pl.DataFrame) -> list[dict[str, Any]]:
+def _scatters(frame: pl.DataFrame, losses: frozenset[str]) -> list[dict[str, Any]]:
     """A scatter per task, in a square of 0..100; losses are shown as bits per byte."""
     plots = []
     for task in frame["task"].unique(maintain_order=True).to_list():
         part = frame.filter(pl.col("task") == task)
-        pairs = [(abs(o), abs(p)) for o, p in part.select("observed", "predicted").iter_rows()
+        sign = -1.0 if task in losses else 1.0
+        pairs = [(sign * o, sign * p) for o, p in part.select("observed", "predicted").iter_rows()
                  if is_known(o) and is_known(p)]  # fmt: skip
         if not pairs:
             continue

@@ -21,7 +21,7 @@ from causalmix_pipeline.adapters.page_parts import (
     signed_text,
     tokens_text,
 )
-from causalmix_pipeline.adapters.report_answers import Sentence, answers_of
+from causalmix_pipeline.adapters.report_answers import Sentence, answers_of, heading_of
 from causalmix_pipeline.adapters.report_html import ReportData
 
 #: Letters of a name; longer ones are cut.
@@ -48,7 +48,7 @@ def render_markdown(data: ReportData) -> str:
     kept = data.verdict == "unsupported"
     budget = f", {tokens_text(data.budget_tokens)} tokens" if data.budget_tokens else ""
     parts = [
-        f"# {'Reference mixture kept' if kept else 'Recommended mixture'}",
+        f"# {heading_of(data)}",
         f"{len(data.domains)} domains, policy {markdown_name(data.policy)}, reference "
         f"{markdown_name(data.reference_name)}{budget}. The whole report is `report.html`.",
         "\n".join(
@@ -110,7 +110,7 @@ def _mixture_table(data: ReportData) -> str:
 def _task_table(data: ReportData) -> str:
     rows = data.task_gains.sort("weight", "task", descending=[True, False]).to_dicts()
     return _table(
-        ["task", "weight", "gain, bits per byte", "90% from", "to"],
+        ["task", "weight", f"gain, {data.task_unit}", "90% from", "to"],
         [
             [
                 markdown_name(row["task"]),
@@ -128,7 +128,7 @@ def _limit_table(data: ReportData) -> str:
         return "None is set."
     free = ""
     if is_known(data.unconstrained_gain):
-        free = f"\n\nWithout any limit: {signed_text(data.unconstrained_gain)} bits per byte."
+        free = f"\n\nWithout any limit: {signed_text(data.unconstrained_gain)}, in {data.unit}."
     return (
         _table(
             ["limit", "value", "at", "binds"],

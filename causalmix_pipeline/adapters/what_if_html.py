@@ -10,7 +10,7 @@ import numpy as np
 from causalmix_pipeline.adapters.page_parts import Axis, share_text
 
 #: Decimals of shares, weights and gains that the page holds.
-DECIMALS = 5
+DECIMALS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,13 @@ def what_if_view(what_if: WhatIf, domains: tuple[str, ...]) -> dict[str, Any]:
     finite = what_if.gain_WT3[np.isfinite(what_if.gain_WT3)]
     gains = Axis.around(min(0.0, float(finite.min())), max(0.0, float(finite.max())))
     own_D = what_if.mixture_WD[0]
-    total = float(what_if.weights_WT[0][list(what_if.moved)].sum())
+    own_V = what_if.weights_WT[0][list(what_if.moved)]
+    own_V = own_V / own_V.sum()
     return {
         "n_points": len(what_if.weights_WT),
         "sliders": [
-            {"task": what_if.tasks[t], "percent": round(100 * what_if.weights_WT[0, t] / total)}
-            for t in what_if.moved
+            {"task": what_if.tasks[t], "percent": round(100 * weight), "weight": share_text(weight)}
+            for t, weight in zip(what_if.moved, own_V, strict=True)
         ],
         "rows": [
             {"domain": domains[d], "share": share_text(own_D[d]), "x": shares.at(own_D[d])}
@@ -57,6 +58,7 @@ def what_if_view(what_if: WhatIf, domains: tuple[str, ...]) -> dict[str, Any]:
             for t, task in enumerate(what_if.tasks)
         ],
         "total": what_if.total_W3[0].tolist(),
+        "has_interval": bool(np.isfinite(what_if.total_W3[0]).all()),
         "zero": gains.at(0.0),
         "alone": _alone(what_if, domains),
         "values": {

@@ -28,6 +28,7 @@ def other_weights(
     """Mixtures for other weights of the tasks, under the same limits, and their gains.
 
     None where there is nothing to choose: one task, or a pool that keeps the reference mixture.
+    None too for policies other than `optimum`, whose mixtures these aren't.
 
     Args:
         settings: whose policy and seed.
@@ -37,7 +38,8 @@ def other_weights(
         live_covariates: of the live pool.
     """
     weights_T = weights_of(settings, runs)
-    if recommended["verdict"] == "unsupported" or not moved_tasks(weights_T):
+    is_other = recommended["policy"] != "optimum"
+    if is_other or recommended["verdict"] == "unsupported" or not moved_tasks(weights_T):
         return None
     domains, seed = runs.domains, settings.seed
     calibration = read_calibration(cate_model["calibration"])
@@ -68,7 +70,9 @@ def other_weights(
         confidence_z=settings.policy.confidence_z,
         seed=seed,
     )
-    estimator = fit_chosen(runs, cate_model["chosen"], seed, parameters, calibration)
+    estimator = asked.estimator
+    if asked.tasks != tuple(runs.tasks):
+        estimator = fit_chosen(runs, cate_model["chosen"], seed, parameters, calibration)
     gain = estimator.gain(reach.edge_DP, mixture_WD, reference_D)
     total = [
         weighted_gain(estimator, reach.edge_DP, mixture_D[None], reference_D, weights_T)

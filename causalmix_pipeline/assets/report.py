@@ -138,6 +138,7 @@ def report_data(
         predictions=prediction_rows(runs, cate_model),
         estimators=rows_frame(cate_model["scores"]),
         signal=signal,
+        losses=frozenset(signal.drop_nulls("unigram_nats")["task"]),
         provenance={
             "proxy runs": str(runs.n_runs),
             "pool states": str(runs.n_states),
@@ -177,7 +178,9 @@ def report(
     """One page for people: the mixture, its gains, whether to believe them, and why.
 
     Written to `data/reports/report.html`, which opens without network; `report.md` beside it says
-    the same in short, for pull requests. Stale when anything that it shows changes.
+    the same in short, for pull requests. Stale when anything that it shows changes, but for what
+    validation runs realised: that is what was known when this report was made; materialise `report`
+    again after `validate`.
     """
     settings, runs = project.settings, RunTable.from_frame(run_table)
     pool, stacked = pool_of_run(context, settings), stack_top_ups(runs, top_up_runs)

@@ -19,8 +19,9 @@ from causalmix_pipeline.core.policy import Question, ask
 
 #: Most tasks whose weights can be moved; the heaviest, where there are more.
 MOST_MOVED = 6
-#: Points times domains, about what a second or two of search can do; and the most points.
-POINTS_TIMES_DOMAINS, MOST_POINTS = 240, 40
+#: Points times domains, and times tasks that may count, about what a second or two of search can
+#: do; and the most points.
+POINTS_TIMES_DOMAINS, POINTS_TIMES_TASKS, MOST_POINTS = 240, 120, 40
 #: Iterations of the search for each point, with few domains and with many.
 FEW_DOMAINS, ITERATIONS, FEW_ITERATIONS = 16, 10, 6
 
@@ -45,7 +46,9 @@ def weight_points(weights_T: np.ndarray, n_domains: int) -> np.ndarray:
     moved = moved_tasks(weights_T)
     own_V = weights_T[moved]
     total, n_moved = float(own_V.sum()), len(moved)
-    room = max(n_moved + 1, min(MOST_POINTS, POINTS_TIMES_DOMAINS // n_domains))
+    n_asked = len(set(moved) | set(np.flatnonzero(weights_T).tolist()))
+    most = min(POINTS_TIMES_DOMAINS // n_domains, POINTS_TIMES_TASKS // n_asked, MOST_POINTS)
+    room = max(n_moved + 1, most)
     alone_VV = total * np.eye(n_moved)
     points_WV = np.vstack([own_V, (own_V + alone_VV) / 2])
     if room >= len(points_WV) + n_moved:

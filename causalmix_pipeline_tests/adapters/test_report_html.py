@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from causalmix_pipeline.adapters.beliefs_html import QUESTIONS, Beliefs
+from causalmix_pipeline.adapters.interpretation_html import Interpretation
 from causalmix_pipeline.adapters.page_parts import (
     MINUS,
     UNKNOWN,
@@ -19,7 +20,7 @@ from causalmix_pipeline.adapters.page_parts import (
     signed_text,
     tokens_text,
 )
-from causalmix_pipeline.adapters.report_answers import beyond
+from causalmix_pipeline.adapters.report_answers import answers_of, beyond, threshold_rows
 from causalmix_pipeline.adapters.report_html import (
     FIRST_DOMAINS,
     FIRST_ON_PHONE,
@@ -86,6 +87,7 @@ def report_data(**changes) -> ReportData:
             ],
         ),
         signal=frame("signal", [("solving", 0.04, 0.001, 40.0, 4.3, 5.9)]),
+        losses=frozenset({"solving", "talking"}),
         provenance={"live pool": "9c1f3a7d"},
     )
     return dataclasses.replace(data, **changes)
@@ -184,7 +186,9 @@ def test_nothing_is_fetched_from_anywhere():
     found = [value for _, name, value in _Tags(html).attributes if name in fetching]
     assert found and all(value and value.startswith("#") for value in found)
     assert not re.search(r"https?:|url\(|@import|<link|<iframe|fetch\(|XMLHttp|import\(", html)
-    assert page_policy(page_script()).startswith("default-src 'none';")
+    policy = page_policy(page_script())
+    assert policy.startswith("default-src 'none';")
+    assert "base-uri 'none'" in policy and "form-action 'none'" in policy
 
 
 def test_every_link_leads_to_a_place_in_the_page():
@@ -366,6 +370,147 @@ def test_an_unsupported_pool_keeps_the_reference_and_promises_nothing():
     assert "+0.046" not in text
     assert "The 2 proxy runs of the top-up plan, made on this very pool." in text
     assert "Gain on each task" not in text and "Loosening it" not in text
+
+
+def test_where_limits_forbid_the_reference_the_nearest_allowed_mixture_is_shown():
+    data = report_data(verdict="unsupported")
+
+    html = render_report(data)
+    text = text_of(html)
+
+    assert "<h1>Nearest to the reference mixture that the limits allow</h1>" in html
+    assert "Train on the mixture nearest to the reference that the limits allow: math 50%" in text
+    assert "Reference mixture kept" not in text and ", kept" not in text
+    assert "The limits forbid the reference mixture" in text
+    first = html[html.index('id="what"') : html.index('id="better"')]
+    assert first.count('class="s0"') == len(DOMAINS)  # its bars, those of the reference beside
+    assert "+30.0" in first
+    assert 'aria-label="math: nearest to the reference that the limits allow 50%' in html
+
+
+def test_an_unsupported_pool_without_a_plan_blames_no_limit():
+    assert answers_of(report_data(verdict="unsupported")).change == (
+        "Proxy runs made on this very pool.",
+    )
+
+
+def test_only_losses_are_in_bits_per_byte():
+    predictions = frame("predictions", [("solving", 0.1 * i, 0.1 * i) for i in range(5)])
+    data = report_data(losses=frozenset({"talking"}), predictions=predictions)
+
+    html = render_report(data)
+    text = text_of(html)
+
+    assert "+0.046 in the tasks' own units over the reference mixture" in text
+    assert "Over the reference mixture, in the tasks' own units" in text
+    assert "held-out text costs" not in text
+    assert "bits per byte" not in text
+    assert "2.40" not in text  # the loss with the reference of a task that has none
+    assert ">0.4</text>" in html and ">-0.4</text>" not in html
+    none = text_of(render_report(report_data(losses=frozenset())))
+    assert "loss with reference" not in none
+
+
+def test_a_task_only_reported_leaves_the_weighted_gain_in_bits_per_byte():
+    text = text_of(render_report(report_data(losses=frozenset({"solving"}))))
+
+    assert "+0.046 bits per byte over the reference mixture" in text
+    assert "Of the recommended mixture over the reference, in the tasks' own units" in text
+
+
+def test_losses_are_drawn_as_bits_per_byte_whatever_their_sign():
+    predictions = frame("predictions", [("solving", -2.0, -2.5), ("solving", 0.5, -1.0)])
+
+    html = render_report(report_data(predictions=predictions))
+
+    assert ">-1</text>" in html and ">3</text>" in html
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.031, 0.061), "+0.031 to +0.061, all of it a gain."),
+        ((-0.05, -0.01), f"{MINUS}0.050 to {MINUS}0.010, all of it a loss."),
+        ((0.0004, 0.06), "+0.000 to +0.060: no gain at all is possible too."),
+        ((-0.05, -0.0004), f"{MINUS}0.050 to {MINUS}0.000: no gain at all is possible too."),
+    ],
+)
+def test_an_interval_is_judged_by_the_numbers_that_are_shown(ends, words):
+    gains = frame("gains", [("recommended", sum(ends) / 2, *ends)])
+
+    assert answers_of(report_data(gains=gains)).sure[0].endswith(f"90% interval {words}")
+
+
+def test_the_interval_of_observational_runs_promises_nothing():
+    observed = dataclasses.replace(BELIEFS, observational_sources=("team_b",))
+
+    (sure,) = answers_of(report_data(beliefs=observed)).sure
+
+    assert "it isn't calibrated, since the runs are observational" in sure
+    assert "all of it a gain" not in sure
+    assert "all of it a gain" in answers_of(report_data(beliefs=BELIEFS)).sure[0]
+
+
+def test_the_reference_itself_has_no_interval():
+    mixtures = dict(report_data().mixtures)
+    mixtures["recommended"] = mixtures["reference"]
+    data = report_data(mixtures=mixtures)
+
+    answers = answers_of(data)
+
+    assert "".join(answers.better) == "The reference mixture itself (natural)."
+    assert "interval" not in answers.sure[0]
+    assert "for certain enough (confidence_z)" in answers.why[0]
+    assert "The reference mixture itself (natural)." in text_of(render_report(data))
+
+
+def shown_with(importance_CD: list, covariate: str = "my__score") -> Interpretation:
+    """An interpretation whose tree asks for a covariate of each domain."""
+    columns = [f"{domain}__{covariate}" for domain in DOMAINS]
+    leaves = [{"effects": [0.1, 0.0, 0.0]}, {"effects": [0.0, 0.1, 0.0]}]
+    root = {"column": 0, "threshold": 0.5, "below": leaves[0], "above": leaves[1]}
+    return Interpretation(
+        DOMAINS, columns, "natural", {}, None, np.full(3, 1 / 3), np.full(3, 1 / 3),
+        np.full((1, 3), 1 / 3), {"root": root}, np.array(importance_CD, dtype=float),
+    )  # fmt: skip
+
+
+def test_own_columns_with_underscores_keep_their_names():
+    covariates = frame("covariates", [(d, "my__score", 0.45, [0.4, 0.5]) for d in DOMAINS])
+    shown = shown_with([[0, 0, 0], [0, 0, 0], [1, 0, 0]])
+    data = report_data(covariates=covariates, interpretation=shown)
+
+    assert "depends most on my__score of prose." in "".join(answers_of(data).why)
+    assert [(row["domain"], row["covariate"]) for row in threshold_rows(data)] == [
+        ("math", "my__score")
+    ]
+
+
+def test_a_domain_whose_effect_depends_on_nothing_has_no_decider():
+    covariates = frame("covariates", [(d, "my__score", 0.45, [0.4, 0.5]) for d in DOMAINS])
+    shown = shown_with([[0, 0, 0], [0, 0, 0], [0, 1, 1]])  # math is raised
+
+    why = "".join(answers_of(report_data(covariates=covariates, interpretation=shown)).why)
+
+    assert "depends most" not in why
+
+
+def test_a_report_that_knows_of_no_change_claims_none():
+    data = report_data(slack=report_data().slack.clear())
+
+    assert answers_of(data).change == (
+        "No limit binds, and no threshold of the pool is known that would change it.",
+    )
+
+
+def test_sliders_tell_their_normalised_weight():
+    uneven = dataclasses.replace(WHAT_IF, weights_WT=np.array([[200 / 201, 1 / 201], [0.5, 0.5]]))
+
+    html = render_report(report_data(what_if=uneven))
+
+    assert re.findall(r'aria-valuetext="([^"]+)"', html) == ["100%", "0.5%"]
+    held = re.search(r'id="what-if">(.*?)</script>', html, re.DOTALL)
+    assert held and json.loads(held[1])["weights"][0] == pytest.approx([200 / 201, 1 / 201], 1e-5)
 
 
 def test_the_top_up_plan_lists_each_run():

@@ -87,6 +87,23 @@ def test_an_unsupported_pool_promises_nothing():
     assert "Gain on each task" not in text
 
 
+def test_where_limits_forbid_the_reference_the_heading_says_so():
+    text = render_markdown(report_data(verdict="unsupported"))
+
+    assert text.startswith("# Nearest to the reference mixture that the limits allow\n")
+
+
+def test_gains_of_tasks_that_are_no_losses_are_in_their_own_units():
+    data = report_data(losses=frozenset(), unconstrained_gain=0.5)
+
+    text = render_markdown(data)
+
+    assert "gain, the tasks' own units" in text
+    assert "Without any limit: +0.500, in the tasks' own units." in text
+    assert "bits per byte" not in text
+    assert "gain, bits per byte" in render_markdown(report_data())
+
+
 def test_hostile_names_neither_run_nor_break_tables_nor_become_links():
     evil = HOSTILE[1]
     data = report_data(

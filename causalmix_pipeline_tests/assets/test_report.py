@@ -4,6 +4,7 @@ import dagster as dg
 import numpy as np
 import pytest
 
+from causalmix_pipeline.assets import other_weights as module
 from causalmix_pipeline.assets.other_weights import other_weights
 from causalmix_pipeline.assets.report_history import (
     INPUT_VERSION_TAG,
@@ -63,6 +64,24 @@ def test_more_weight_on_a_task_gives_it_no_smaller_gain_and_the_same_each_time()
 
 def test_nothing_is_offered_where_nothing_can_be_chosen():
     assert weighed(RUNS.state_NDP[0] + 50) is None  # the reference is kept
+
+
+def test_other_policies_get_no_mixtures_of_another_one():
+    state_DP = RUNS.state_NDP[0]
+    recommended = {**choose(state_DP), "policy": "search"}
+
+    found = other_weights(settings(name="search"), RUNS, MODEL, recommended, live(state_DP))
+
+    assert found is None
+
+
+def test_estimators_of_all_tasks_are_fitted_once(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("fitted twice")
+
+    monkeypatch.setattr(module, "fit_chosen", refuse)
+
+    assert weighed(RUNS.state_NDP[0]) is not None
 
 
 def made(version: str, gain: float, pool: str | None = None) -> dg.AssetMaterialization:

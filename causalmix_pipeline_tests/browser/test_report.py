@@ -97,6 +97,7 @@ def hostile(tmp_path_factory) -> Path:
             for field in ("task_gains", "predictions", "estimators", "signal")
         },
         provenance={name: name for name in names},
+        losses=frozenset(names),
         what_if=what_if,
         history=HISTORY,
     )
@@ -156,9 +157,45 @@ def test_a_slider_shows_another_precomputed_mixture_and_the_way_back(browser, ow
         assert "Shown: the precomputed mixture for" in page.locator("#picked").inner_text()
         shares = [float(text[:-1]) for text in shown() if text.endswith("%")]
         assert sum(shares) == pytest.approx(100, abs=0.5)
-        assert page.locator("#sliders output").all_inner_texts() == ["0%", "100%"]
+        assert page.locator("#sliders output").all_inner_texts() == ["0.0%", "100%"]
         page.locator("#reset").click()
         assert shown() == before
+
+
+@pytest.mark.parametrize("weights", [(200, 1), (0.9, 0.004, 0.004, 0.004, 0.004)])
+def test_sliders_open_at_the_weights_of_the_settings_however_uneven(
+    browser, shots, tmp_path, weights
+):
+    n = len(weights)
+    weights_WT = np.vstack([np.array(weights) / sum(weights), np.eye(n)])
+    gain_WT3 = np.full((n + 1, n, 3), 0.1)
+    gain_WT3[0] = 0.0625  # a tie that browsers and the server round to different sides
+    what_if = WhatIf(
+        tasks=tuple(f"task {t}" for t in range(n)),
+        moved=tuple(range(n)),
+        weights_WT=weights_WT,
+        mixture_WD=np.vstack([[0.5, 0.3, 0.2], *[[0.1, 0.2, 0.7]] * n]),
+        gain_WT3=gain_WT3,
+        total_W3=gain_WT3[:, 0],
+    )
+    path = write_report(tmp_path / "report.html", report_data(what_if=what_if))
+    with opened(browser, shots, path, viewport=DESK) as watched:
+        page = watched.page
+
+        def shown() -> list[str]:
+            return page.locator("#sliders b, #sliders output, #picked").all_inner_texts()
+
+        with_script = shown()
+        assert "the recommended mixture, for the weights" in page.locator("#picked").inner_text()
+        assert "+0.062" in with_script and "+0.063" not in with_script
+        last = page.locator("#sliders input").last
+        assert last.get_attribute("aria-valuetext") == ("0.5%" if n == 2 else "0.4%")
+        page.locator("#sliders input").first.fill("0")
+        last.fill("100")
+        assert last.get_attribute("aria-valuetext") == "100%"
+        assert shown() != with_script
+        page.locator("#reset").click()
+        assert shown() == with_script
 
 
 def test_the_theme_follows_the_system_until_the_button_is_pressed(browser, own, shots):

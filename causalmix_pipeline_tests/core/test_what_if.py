@@ -66,7 +66,12 @@ def test_many_domains_get_fewer_points():
     weights_T = np.full(6, 1 / 6)
 
     assert len(weight_points(weights_T, 40)) == 7
-    assert len(weight_points(weights_T, 5)) > 20
+    assert len(weight_points(weights_T, 5)) > 10
+
+
+def test_many_tasks_get_fewer_points():
+    assert len(weight_points(np.full(10, 0.1), 3)) == MOST_MOVED + 1
+    assert len(weight_points(np.full(3, 1 / 3), 3)) > 20
 
 
 def test_each_mixture_is_nearly_the_best_for_its_weights():

@@ -35,7 +35,9 @@
   var known = JSON.parse(held.textContent);
   var box = document.getElementById("sliders");
   var sliders = Array.prototype.slice.call(box.querySelectorAll("input"));
-  var start = sliders.map(function (slider) { return slider.defaultValue; });
+  // What the page came with is of the weights of the settings, which is the first row.
+  var texts = Array.prototype.slice.call(box.querySelectorAll("b, #total-ends"));
+  var own = texts.map(function (place) { return place.textContent; });
 
   function signed(value) {
     if (value === null) return "\u2013";
@@ -48,6 +50,10 @@
   function place(axis, value) {
     var part = (value - axis[0]) / (axis[1] - axis[0]);
     return 100 * Math.min(Math.max(part, 0), 1) + "%";
+  }
+  function isAtStart() {
+    // Positions are whole percents, and the weights of the settings may lie between them.
+    return sliders.every(function (slider) { return slider.value === slider.defaultValue; });
   }
   function asked() {
     var values = sliders.map(function (slider) { return Number(slider.value); });
@@ -96,25 +102,27 @@
   function show(row) {
     showMixture(row);
     showGains(row);
+    if (row === 0) texts.forEach(function (place, i) { place.textContent = own[i]; });
     var told = known.moved.map(function (t, i) {
       var task = known.tasks[t].length > 40 ? known.tasks[t].slice(0, 39) + "\u2026" : known.tasks[t];
       // Marks that isolate a name whose letters run from right to left.
-      return "\u2068" + task + "\u2069 " + Math.round(100 * weightsOf(row)[i]) + "%";
+      return "\u2068" + task + "\u2069 " + share(weightsOf(row)[i]);
     });
     document.getElementById("picked").textContent = row === 0
       ? "Shown: the recommended mixture, for the weights of the settings."
       : "Shown: the precomputed mixture for " + told.join(", ") + ".";
   }
   function update() {
-    var wanted = asked();
+    var wanted = isAtStart() ? weightsOf(0) : asked();
     sliders.forEach(function (slider, i) {
-      slider.nextElementSibling.textContent = Math.round(100 * wanted[i]) + "%";
+      slider.nextElementSibling.textContent = share(wanted[i]);
+      slider.setAttribute("aria-valuetext", share(wanted[i]));
     });
-    show(nearest(wanted));
+    show(isAtStart() ? 0 : nearest(wanted));
   }
   sliders.forEach(function (slider) { slider.addEventListener("input", update); });
   document.getElementById("reset").addEventListener("click", function () {
-    sliders.forEach(function (slider, i) { slider.value = start[i]; });
+    sliders.forEach(function (slider) { slider.value = slider.defaultValue; });
     update();
   });
   // A page that is opened again may keep where the sliders stood.
