@@ -68,6 +68,16 @@ def test_a_sample_has_the_tokens_that_were_asked_for(finished, tokens):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_budget_too_small_for_a_document_is_refused_in_every_format(finished, name):
+    status, text = call("export", "--format", name, "--tokens", "1", "--out", "here", "-c",
+                        str(finished))  # fmt: skip
+
+    assert status == 2
+    assert "must hold at least one document" in text and "got 1 tokens: raise --tokens" in text
+    assert not Path("here").exists()
+
+
 def test_a_label_is_one_short_line_on_the_screen():
     assert one_line("a\nb\u202ec") == "a?b?c"
     assert one_line("W" * 300) == "W" * 39 + "…"

@@ -2,9 +2,10 @@
 
 A uniform shuffle in bounded memory: every copy of every document goes to a shard drawn at random
 while the pool's files are read once, in order; then each shard is shuffled by itself. Memory is
-that of the manifest, of one batch of the reader, and of one shard. The same manifest, pool and seed
-give the same bytes. A sample is whole or absent: it is made in a hidden folder beside its place,
-and renamed; what a killed export left there is removed by the next one.
+that of the manifest, of one batch of the reader, of the lines that wait to be appended, and of one
+shard. The same manifest, pool and seed give the same bytes. A sample is whole or absent: it is made
+in a hidden folder beside its place, and renamed; what a killed export left there is removed by the
+next one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ SHARD_TOKENS = 8_000_000
 #: Bytes of lines that wait in memory before they are appended to their shards.
 WAITING_BYTES = 48 * 2**20
 
+#: Documents of a batch whose copies are placed at a time.
+SENT_DOCUMENTS = 1024
+
 #: Kinds of shards.
 KINDS = ("jsonl", "parquet")
 
@@ -54,6 +58,7 @@ def write_sample(
     *,
     kind: str,
     by_domain: bool,
+    before_swap: Callable[[Export], None] = lambda sampled: None,
     on_progress: OnProgress | None = None,
 ) -> Export:
     """Write the documents of an export, shuffled, with an `index.json` that counts them.
@@ -64,6 +69,7 @@ def write_sample(
         pool: where the documents are and how they are read.
         kind: `jsonl` or `parquet`.
         by_domain: whether each domain gets a stream of its own; else they are mixed.
+        before_swap: takes what is returned, when all is written and an older sample still stands.
         on_progress: takes rows and shards as they are done.
 
     Returns:
@@ -75,19 +81,70 @@ def write_sample(
     """
     if kind not in KINDS:
         raise ConfigError(f"sample must be {' or '.join(KINDS)}, got {kind!r}: choose one.")
-    place = folder.absolute() / ("domains" if by_domain else "sample")
+    place = _place(folder, by_domain)
     tell = on_progress or (lambda what, done, total: None)
     with _partial_folder(place) as partial:
         plan = _plan(export, by_domain)
         shards = _Shards(partial / "waiting", sum(plan.n_shards))
         _scatter(export, pool, plan, shards, tell)
         files = _shuffle(partial / "whole", export, plan, shards, kind, tell)
-        sources = _counted(export, files, place)
-        index = _index(export, sources, files, kind)
-        _write_synced(partial / "whole" / "index.json", index.encode("utf-8"))
+        sampled = _with_sample(export, files, place, kind)
+        _write_synced(partial / "whole" / "index.json", _index(sampled, files).encode("utf-8"))
+        before_swap(sampled)
         _put_in_place(partial / "whole", place)
-    mixed = () if by_domain else tuple(str(place / file.path) for file in files)
-    return replace(export, sources=sources, sample=kind, sample_files=mixed)
+    return sampled
+
+
+def kept_sample(folder: Path, export: Export, *, by_domain: bool) -> Export | None:
+    """The export with the sample that stands in the folder; None if it isn't of this very export.
+
+    Its `index.json` must be what would be written of this export: mixture, documents, budget, seed
+    and fingerprints are in it.
+    """
+    place = _place(folder, by_domain)
+    try:
+        text = (place / "index.json").read_text(encoding="utf-8")
+        told = json.loads(text)
+        files = [SourceFile(file["file"], file["rows"]) for file in told["files"]]
+        sampled = _with_sample(export, files, place, told["kind"])
+        is_whole = all((place / file.path).is_file() for file in files)
+        return sampled if is_whole and text == _index(sampled, files) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_sample(folder: Path, *, by_domain: bool, before: Callable[[], None]) -> None:
+    """Remove the sample that stands in the folder, if there's one; a folder without index isn't.
+
+    Args:
+        folder: as for `write_sample`.
+        by_domain: as for `write_sample`.
+        before: called before a sample is removed.
+
+    Raises:
+        ConfigError: if another export writes a sample there.
+    """
+    place = _place(folder, by_domain)
+    if not (place / "index.json").is_file():
+        return
+    with _partial_folder(place) as partial:
+        before()
+        place.rename(partial / "old")
+
+
+def _place(folder: Path, by_domain: bool) -> Path:
+    return folder.absolute() / ("domains" if by_domain else "sample")
+
+
+def _with_sample(export: Export, files: Sequence[SourceFile], place: Path, kind: str) -> Export:
+    """The export with the files of a sample, which are below its place."""
+    is_mixed = place.name == "sample"
+    return replace(
+        export,
+        sources=_counted(export, files, place),
+        sample=kind,
+        sample_files=tuple(str(place / file.path) for file in files) if is_mixed else (),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,14 +182,14 @@ class _Shards:
     n_bytes: int = 0
 
     def add(self, shard: int, line: bytes) -> None:
-        """Keep a line of JSON for a shard."""
+        """Keep a line of JSON for a shard; what waits is flushed when it reaches its limit."""
         self.waiting.setdefault(shard, []).append(line)
         self.n_bytes += len(line)
+        if self.n_bytes >= WAITING_BYTES:
+            self.flush()
 
-    def flush(self, limit: int = 0) -> None:
-        """Append what waits to the files, if it's more than `limit` bytes."""
-        if self.n_bytes <= limit:
-            return
+    def flush(self) -> None:
+        """Append what waits to the files."""
         self.folder.mkdir(exist_ok=True)
         for shard, lines in self.waiting.items():
             with open(self._path(shard), "ab") as file:
@@ -163,16 +220,9 @@ def _scatter(
     for (name,), part in wanted.sort("file", "row").partition_by(
         "file", as_dict=True, maintain_order=True
     ).items():  # fmt: skip
-        stream = part["domain"].replace_strict(plan.stream_of, return_dtype=pl.Int64).to_numpy()
-        copies = part["copies"].to_numpy()
-        n_shards, first = np.array(plan.n_shards)[stream], plan.first_shard[stream]
-        places = (rng.random(copies.sum()) * np.repeat(n_shards, copies)).astype(np.int64)
-        places += np.repeat(first, copies)
-        starts = np.concatenate([[0], np.cumsum(copies)[:-1]])
-        part = part.with_columns(start=pl.Series(starts))
         for found in _documents(files.get(str(name)), str(name), part, pool):
-            _send(found, places, shards, export)
-            shards.flush(WAITING_BYTES)
+            for documents in found.iter_slices(SENT_DOCUMENTS):
+                _send(documents, _shards_of(documents, plan, rng), shards, export)
             done += found.height
             tell("documents", done, total)
     shards.flush()
@@ -202,7 +252,16 @@ def _documents(
     )
 
 
-def _send(found: pl.DataFrame, places: np.ndarray, shards: _Shards, export: Export) -> None:
+def _shards_of(documents: pl.DataFrame, plan: _Plan, rng: np.random.Generator) -> np.ndarray:
+    """A shard for each copy of each document in turn, drawn from those of its stream."""
+    stream = documents["domain"].replace_strict(plan.stream_of, return_dtype=pl.Int64).to_numpy()
+    copies = documents["copies"].to_numpy()
+    n_shards, first = np.array(plan.n_shards)[stream], plan.first_shard[stream]
+    drawn = (rng.random(copies.sum()) * np.repeat(n_shards, copies)).astype(np.int64)
+    return drawn + np.repeat(first, copies)
+
+
+def _send(found: pl.DataFrame, shard_of: np.ndarray, shards: _Shards, export: Export) -> None:
     """Send the copies of documents to their shards, as lines of JSON that count the copies."""
     texts: list[pl.Expr] = [pl.col("text")]
     if export.has_prompts:
@@ -212,10 +271,10 @@ def _send(found: pl.DataFrame, places: np.ndarray, shards: _Shards, export: Expo
     content = io.BytesIO()
     found.select(*texts, "domain", "source", "document_id").write_ndjson(content)
     lines = content.getvalue().split(b"\n")
-    counts = zip(found["start"].to_list(), found["copies"].to_list(), strict=True)
-    for line, (start, copies) in zip(lines, counts, strict=False):
+    drawn = iter(shard_of)
+    for line, copies in zip(lines, found["copies"].to_list(), strict=False):
         for copy in range(copies):
-            shards.add(int(places[start + copy]), b'%s,"copy":%d}' % (line[:-1], copy))
+            shards.add(int(next(drawn)), b'%s,"copy":%d}' % (line[:-1], copy))
 
 
 def _shuffle(
@@ -272,11 +331,9 @@ def _counted(export: Export, files: Sequence[SourceFile], place: Path) -> tuple[
     return tuple(sources)
 
 
-def _index(
-    export: Export, sources: Sequence[Source], files: Sequence[SourceFile], kind: str
-) -> str:
-    """What `index.json` says: every file and domain with its counts."""
-    total = sum(source.n_tokens for source in sources)
+def _index(export: Export, files: Sequence[SourceFile]) -> str:
+    """What `index.json` says of a sampled export: every file and domain with its counts."""
+    total = sum(source.n_tokens for source in export.sources)
     counts = dict(export.manifest.group_by("domain").len().iter_rows())
     domains = [
         {
@@ -289,10 +346,10 @@ def _index(
             "documents": int(counts.get(source.domain, 0)),
             "epochs": source.n_tokens / float(available) if available else 0.0,
         }
-        for source, available in zip(sources, export.available_D, strict=True)
+        for source, available in zip(export.sources, export.available_D, strict=True)
     ]
     told = {
-        "kind": kind,
+        "kind": export.sample,
         "seed": export.seed,
         "budget_tokens": export.budget_tokens,
         "tokens": total,
@@ -311,16 +368,8 @@ def _index(
 def _partial_folder(place: Path) -> Iterator[Path]:
     """An empty hidden folder beside a place, held by this process alone, removed at the end."""
     partial = place.with_name(f".{place.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
+    handle = _locked(partial)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{place.parent} must be free, but another export writes a sample there: wait for "
-                "it, or choose another folder by --out."
-            ) from error
         try:
             _empty(partial)
             yield partial
@@ -334,6 +383,33 @@ def _partial_folder(place: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:
+        os.close(handle)
+
+
+def _locked(partial: Path) -> int:
+    """Make a folder and lock it; again, where another export removed it before it was locked.
+
+    Raises:
+        ConfigError: if another export holds it.
+    """
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ConfigError(
+                f"{partial.parent} must be free, but another export writes a sample there: wait "
+                "for it, or choose another folder by --out."
+            ) from error
         os.close(handle)
 
 

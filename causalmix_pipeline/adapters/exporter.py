@@ -113,11 +113,15 @@ class Exporter(Protocol):
 class ManifestExporter:
     """`mixture.json` and `manifest.parquet`. The manifest comes first, so the JSON never lies."""
 
+    def paths(self, folder: Path, export: Export) -> list[Path]:
+        """The files that `write` makes."""
+        return [folder / "mixture.json", folder / "manifest.parquet"]
+
     def write(self, folder: Path, export: Export) -> list[Path]:
         """Write both files; the same export gives the same bytes."""
         content = io.BytesIO()
         export.manifest.write_parquet(content, compression="zstd")
-        manifest, mixture = folder / "manifest.parquet", folder / "mixture.json"
+        mixture, manifest = self.paths(folder, export)
         write_atomically(manifest, content.getvalue())
         text = json.dumps(export.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_atomically(mixture, text.encode("utf-8"))
@@ -148,7 +152,7 @@ def make_export(
         columns: what the columns of the pool's files mean.
 
     Raises:
-        ConfigError: for a mixture off the simplex or a budget below 1.
+        ConfigError: for a mixture off the simplex, or a budget that holds no document.
         PoolError: if a domain with a share has no document.
     """
     mixture_D = check_mixture(np.asarray(mixture, dtype=float), field="mixture")
@@ -174,6 +178,11 @@ def make_export(
         copies = count_copies(part["n_tokens"].to_numpy(), target, rng_seed=[seed, d])
         parts.append(part.with_columns(copies=pl.Series(copies, dtype=pl.Int64)))
     manifest = pl.concat(parts).filter(pl.col("copies") > 0).select(MANIFEST_COLUMNS)
+    if manifest.is_empty():
+        raise ConfigError(
+            "the budget of a run must hold at least one document at the share of its domain, got "
+            f"{budget_tokens} tokens: raise --tokens, or export.tokens in the settings."
+        )
     return Export(
         domains=tuple(domains),
         mixture_D=mixture_D,

@@ -11,13 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from causalmix_pipeline.adapters.export_sample import OnProgress, write_sample
-from causalmix_pipeline.adapters.exporter import Export, Exporter, ManifestExporter
+from causalmix_pipeline.adapters.export_sample import (
+    OnProgress,
+    kept_sample,
+    remove_sample,
+    write_sample,
+)
+from causalmix_pipeline.adapters.exporter import Export, ManifestExporter
 from causalmix_pipeline.adapters.formats_by_rows import (
     axolotl_files,
     datasets_files,
@@ -114,15 +120,21 @@ class TrainerFormat:
 
     def write(self, folder: Path, export: Export) -> list[Path]:
         """Write the configuration, `domains.json` and `README.md`, each whole or not at all."""
-        folder = folder.absolute()
-        contents = self.files(folder, export, self.weigh(export))
-        contents |= {
+        contents = self._contents(folder.absolute(), export)
+        for name, text in contents.items():
+            write_atomically(folder / name, text.encode("utf-8"))
+        return [folder.absolute() / name for name in contents]
+
+    def paths(self, folder: Path, export: Export) -> list[Path]:
+        """The files that `write` makes."""
+        return [folder / name for name in self._contents(folder.absolute(), export)]
+
+    def _contents(self, folder: Path, export: Export) -> Contents:
+        return {
+            **self.files(folder, export, self.weigh(export)),
             "domains.json": self._numbers(export),
             "README.md": self._readme(folder, export),
         }
-        for name, text in contents.items():
-            write_atomically(folder / name, text.encode("utf-8"))
-        return [folder / name for name in contents]
 
     def _numbers(self, export: Export) -> str:
         achieved_D, weight_D = self.achieved(export), self.weigh(export)
@@ -303,6 +315,10 @@ def hand_over(
 ) -> HandedOver:
     """Write an export in a trainer's format, and its documents where they are asked for.
 
+    A sample that stands in the folder is named where it is of this very export, and is removed
+    where it isn't. No configuration stands beside a sample of another export, after a kill either:
+    an old one goes before its sample does.
+
     Args:
         folder: where the files go; made if it isn't there.
         export: the mixture and its documents.
@@ -318,17 +334,27 @@ def hand_over(
     """
     if name not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {name!r}: choose one.")
-    chosen: Exporter = TRAINERS.get(name, ManifestExporter())
+    chosen = TRAINERS.get(name, ManifestExporter())
     by_domain, kind = False, sample
     if isinstance(chosen, TrainerFormat):
         by_domain, kind = chosen.by_domain, sample or chosen.needs_sample
+
+    def remove_files(new: Export) -> None:
+        for path in chosen.paths(folder, new):
+            path.unlink(missing_ok=True)
+
     if kind is not None:
         export = write_sample(
-            folder, export, pool, kind=kind, by_domain=by_domain, on_progress=on_progress
-        )
-    elif by_domain:
-        placed = placed_sources(export.sources, pool.location, folder.absolute())
-        export = replace(export, sources=placed)
+            folder, export, pool, kind=kind, by_domain=by_domain, before_swap=remove_files,
+            on_progress=on_progress,
+        )  # fmt: skip
+    elif kept := kept_sample(folder, export, by_domain=by_domain):
+        export = kept
+    else:
+        if by_domain:
+            placed = placed_sources(export.sources, pool, folder.absolute())
+            export = replace(export, sources=placed)
+        remove_sample(folder, by_domain=by_domain, before=partial(remove_files, export))
     paths = chosen.write(folder, export)
     if isinstance(chosen, TrainerFormat):
         achieved_D = chosen.achieved(export)

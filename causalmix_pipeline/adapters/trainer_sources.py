@@ -1,7 +1,9 @@
 """The domains of a mixture as a trainer's sources: an id, files, rows and tokens of each.
 
 A trainer that mixes by rows needs the mean tokens of a row, since the mixture is in shares of
-tokens. Domains keep their label as data; files and names of datasets go by an id made of it.
+tokens. Domains keep their label as data; files and names of datasets go by an id made of it. The
+pool's own files are named only where every row in them is a document of its domain: a trainer reads
+whatever else they hold, too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.pool_files import is_url, pool_files
+from causalmix_pipeline.adapters.pool_files import PoolFile, is_url, pool_files
+from causalmix_pipeline.adapters.pool_reader import read_batches
+from causalmix_pipeline.adapters.profiler import PoolSpec
 
 #: Letters of a label that an id keeps.
 _ID_LETTERS = 40
@@ -51,9 +55,10 @@ class Source:
         domain: its label.
         id: a name of lower-case letters, digits, `-` and `_`, for files and datasets.
         share: of training tokens, as the mixture asks.
-        rows: documents in one pass over its files, repeats in them included.
+        rows: distinct documents; of a sample, those in its files with their repeats.
         n_tokens: tokens of these.
-        files: that hold its documents and none of another domain; empty where there are none.
+        files: that hold its documents and, as far as is known, nothing else; empty where there are
+            none.
     """
 
     domain: str
@@ -102,42 +107,50 @@ def pool_sources(
     """The domains as they stand in the pool.
 
     Args:
-        documents: a row per distinct document, with `copies` in the pool; no augmented ones.
+        documents: a row per distinct document of every domain that was read; no augmented ones.
         domains: D labels.
         mixture_D: shares of tokens; shape (D,).
 
     Returns:
-        D sources; files by their names in the pool, none where a file holds several domains.
+        D sources; files by their names in the pool. None for a domain of which a file holds another
+        domain, or misses a row among its documents: one that was refused, left out or repeats
+        another. Rows after the last document are seen by `placed_sources`, which counts.
     """
+    row = pl.col("row")
+    has_no_gap = (row.n_unique() == pl.len()) & (row.max() == pl.len() - 1)
+    whole = documents.group_by("file").agg(is_whole=has_no_gap & (pl.col("domain").n_unique() == 1))
     by_file = (
         documents.group_by("domain", "file")
-        .agg(pl.col("copies").sum(), n_tokens=(pl.col("copies") * pl.col("n_tokens")).sum())
+        .agg(rows=pl.len().cast(pl.Int64), n_tokens=pl.col("n_tokens").sum())
+        .join(whole, on="file")
         .sort("domain", "file")
     )
-    are_apart = by_file["file"].n_unique() == by_file.height
     rows: Mapping = by_file.partition_by("domain", as_dict=True)
     sources = []
     for d, (domain, name) in enumerate(zip(domains, domain_ids(domains), strict=True)):
         own = rows.get((domain,), by_file.clear())
-        files = tuple(SourceFile(*row) for row in own.select("file", "copies").iter_rows())
-        n_rows, n_tokens = int(own["copies"].sum()), int(own["n_tokens"].sum())
-        share = float(mixture_D[d])
-        sources.append(Source(domain, name, share, n_rows, n_tokens, files if are_apart else ()))
+        files = tuple(SourceFile(*row) for row in own.select("file", "rows").iter_rows())
+        n_rows, n_tokens = int(own["rows"].sum()), int(own["n_tokens"].sum())
+        files = files if own["is_whole"].all() else ()
+        sources.append(Source(domain, name, float(mixture_D[d]), n_rows, n_tokens, files))
     return tuple(sources)
 
 
-def placed_sources(
-    sources: Sequence[Source], location: str | Path, folder: Path
-) -> tuple[Source, ...]:
+def placed_sources(sources: Sequence[Source], pool: PoolSpec, folder: Path) -> tuple[Source, ...]:
     """The sources with absolute paths: the pool's own files where trainers can read them.
 
-    Otherwise the first file that a sample by domain has below `folder`; it may be missing yet.
+    Otherwise the first file that a sample by domain has below `folder`; it may be missing yet. That
+    is also so where a file has more rows than documents are known of it.
     """
-    urls = {file.name: file.url for file in pool_files(location)}
-    wanted = [[urls.get(f.path, "") for f in s.files] for s in sources if s.is_drawn]
-    if all(_readable(paths) for paths in wanted):
+    found = {file.name: file for file in pool_files(pool.location)}
+    drawn = [source for source in sources if source.is_drawn]
+    wanted = [file for source in drawn for file in source.files]
+    if all(
+        _readable([found[f.path].url if f.path in found else "" for f in source.files])
+        for source in drawn
+    ) and all(_has_rows(found[file.path], file.rows, pool) for file in wanted):
         return tuple(
-            replace(s, files=tuple(SourceFile(urls[f.path], f.rows) for f in s.files))
+            replace(s, files=tuple(SourceFile(found[f.path].url, f.rows) for f in s.files))
             if s.is_drawn
             else s
             for s in sources
@@ -164,6 +177,34 @@ def _readable(paths: Sequence[str]) -> bool:
     """Whether a trainer's loader takes the paths for files, all of one format that it knows."""
     endings = {os.path.splitext(path)[1] for path in paths}
     return len(endings) == 1 and endings <= set(BUILDERS) and not any(map(_is_odd, paths))
+
+
+def _has_rows(file: PoolFile, n: int, pool: PoolSpec) -> bool:
+    """Whether a file has just so many rows, refused ones counted; one not readable hasn't."""
+    try:
+        if file.format == "jsonl":
+            return _n_lines(file) == n
+        if file.format == "parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_metadata(file.url).num_rows == n
+    except (OSError, ValueError):  # Arrow's own are among them
+        return False
+    n_rows = 0
+    for batch in read_batches(file, pool.columns, pool.rules):
+        n_rows += batch.n_rows
+        if batch.quarantine.height or n_rows > n:
+            return False
+    return n_rows == n
+
+
+def _n_lines(file: PoolFile) -> int:
+    """Lines of a file, empty ones too."""
+    n, last = 0, b"\n"
+    with file.open() as raw:
+        while piece := raw.read(2**20):
+            n, last = n + piece.count(b"\n"), piece[-1:]
+    return n + (last != b"\n")
 
 
 def _is_odd(path: str) -> bool:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -195,6 +196,58 @@ def test_progress_ends_at_all_documents_and_shards(tmp_path, pool, small_shards)
     assert ("documents", export.manifest.height, export.manifest.height) in told
     n_shards = -(-sum(export.tokens_of().values()) // 400)
     assert told[-1] == ("shards", n_shards, n_shards)
+
+
+def test_what_waits_in_memory_stays_at_its_limit_however_many_copies(tmp_path, monkeypatch):
+    """Six documents, each a thousand times: the limit is looked at for every copy."""
+    limit, waiting, add = 2000, [], export_sample._Shards.add
+    monkeypatch.setattr(export_sample, "WAITING_BYTES", limit)
+
+    def add_and_look(shards, shard, line):
+        add(shards, shard, line)
+        waiting.append(sum(map(len, itertools.chain(*shards.waiting.values()))))
+
+    monkeypatch.setattr(export_sample._Shards, "add", add_and_look)
+    pool = write_pool(tmp_path / "pool", LABELS[:3], n=2, apart=False)
+    export = export_of(pool, LABELS[:3], [0.3, 0.3, 0.4], budget=80_000)
+
+    write_sample(tmp_path / "out", export, pool, kind="jsonl", by_domain=False)
+
+    assert len(waiting) == len(rows_of(tmp_path / "out")) > 4000
+    assert max(waiting) < limit
+    assert sum(waiting) > len(waiting) * limit / 10
+
+
+def test_copies_of_a_batch_are_placed_in_slices_with_the_same_result(tmp_path, pool, monkeypatch):
+    export = export_of(pool, LABELS, mixture_of(5), budget=20_000)
+    for name, n in (("whole", 10_000), ("slices", 3)):
+        monkeypatch.setattr(export_sample, "SENT_DOCUMENTS", n)
+        write_sample(tmp_path / name, export, pool, kind="jsonl", by_domain=False)
+
+    assert contents_of(tmp_path / "whole") == contents_of(tmp_path / "slices")
+
+
+def test_a_folder_that_another_export_removes_while_it_is_locked_is_made_and_locked_again(
+    tmp_path, pool, monkeypatch
+):
+    """The other ends, and removes its folder, after this one opened it."""
+    flock, removed = export_sample.fcntl.flock, []
+
+    def remove_first(handle, flags):
+        if not removed:
+            removed.append((tmp_path / ".sample.partial").rmdir())
+        flock(handle, flags)
+
+    monkeypatch.setattr(export_sample.fcntl, "flock", remove_first)
+    with export_sample._partial_folder(tmp_path / "sample") as partial:
+        assert partial.is_dir() and removed
+        with (
+            pytest.raises(ConfigError, match="must be free, but another export"),
+            export_sample._partial_folder(tmp_path / "sample"),
+        ):
+            pass
+
+    assert not partial.exists()
 
 
 def test_a_pool_that_changed_since_is_refused_and_the_old_sample_stays(tmp_path):

@@ -65,7 +65,7 @@ def test_no_document_is_read_two_times_more_than_another(n_tokens, target, seed)
 
 @given(
     st.lists(lengths, min_size=2, max_size=4),
-    st.integers(1, 200_000),
+    st.integers(12_000, 200_000),  # a share of a quarter is a document of the longest
     st.integers(0, 3),
 )
 def test_every_domain_of_an_export_gets_its_share_of_the_budget(pool, budget, seed):
@@ -144,7 +144,7 @@ def test_another_format_needs_one_method(tmp_path):
             return [folder / "names.txt"]
 
     assert isinstance(Names(), Exporter)
-    assert Names().write(tmp_path, export_of([0.5, 0.5], 100)) == [tmp_path / "names.txt"]
+    assert Names().write(tmp_path, export_of([0.5, 0.5], 1000)) == [tmp_path / "names.txt"]
 
 
 def test_a_domain_without_share_may_be_empty():
@@ -167,3 +167,10 @@ def test_a_mixture_off_the_simplex_is_refused():
 def test_a_budget_below_one_token_is_refused():
     with pytest.raises(ConfigError, match=r"budget_tokens must be >= 1, got 0"):
         export_of([0.5, 0.5], 0)
+
+
+@pytest.mark.parametrize("budget", [1, 4, 80])
+def test_a_budget_that_no_document_fits_is_refused_with_the_way_out(budget):
+    """A document of 100 tokens is further from half of the budget than none."""
+    with pytest.raises(ConfigError, match=rf"hold .* one document .*got {budget} tokens: raise"):
+        export_of([0.5, 0.5], budget)

@@ -22,12 +22,12 @@ from causalmix_pipeline_tests.adapters.exported_pool import (
 CASES = [5, 40]
 
 
-def make(tmp_path: Path, name: str, n_domains: int, *, budget: int, sample=None, **pool_options):
+def make(tmp_path: Path, name: str, n_domains: int, *, budget: int, sample=None, n=20, **pool):
     """An export in a format; returns it and its folder."""
     labels = [f"domain_{d}" for d in range(n_domains)]
-    pool = write_pool(tmp_path / "pool", labels, n=20, **pool_options)
-    export = export_of(pool, labels, mixture_of(n_domains), budget=budget)
-    return hand_over(tmp_path / "out", export, name, pool, sample=sample), tmp_path / "out"
+    spec = write_pool(tmp_path / "pool", labels, n=n, **pool)
+    export = export_of(spec, labels, mixture_of(n_domains), budget=budget)
+    return hand_over(tmp_path / "out", export, name, spec, sample=sample), tmp_path / "out"
 
 
 def by_tokens(export, rows_of_id: Mapping[str, float]) -> np.ndarray:
@@ -74,16 +74,30 @@ def test_datasets_gets_probabilities_of_rows(tmp_path, n_domains):
     assert np.abs(shares - mixture_of(n_domains)).max() < 1e-9
 
 
-def test_datasets_draws_rows_by_these_probabilities(tmp_path):
+def read_domains_too(folder: Path) -> None:
+    """Have the written loader return the labels, which it drops."""
+    plan = json.loads((folder / "interleave.json").read_text(encoding="utf-8"))
+    plan["columns"].append("domain")
+    (folder / "interleave.json").write_text(json.dumps(plan), encoding="utf-8")
+
+
+def test_datasets_draws_the_mixtures_shares_of_tokens(tmp_path):
+    """Within four standard errors of a ratio of sums over rows; rows by tokens miss by far more."""
     pytest.importorskip("datasets")
-    handed, folder = make(tmp_path, "datasets", 5, budget=5000)
+    handed, folder = make(tmp_path, "datasets", 5, budget=5000, n=1000)
+    assert set(next(iter(loader_of(folder).load_mixture()))) == {"text"}
+    read_domains_too(folder)
 
-    rows = list(itertools.islice(loader_of(folder).load_mixture(), 400))
+    rows = list(itertools.islice(loader_of(folder).load_mixture(), 2000))
 
-    total = sum(n_words(row["text"]) for row in rows)
-    mean = handed.export.mixture_D @ [s.mean_tokens for s in handed.export.sources]
-    assert total / len(rows) < 2 * mean
-    assert set(rows[0]) == {"text"}
+    assert len(rows) == 2000
+    n_tokens = np.array([n_words(row["text"]) for row in rows])
+    for domain, share in zip(handed.export.domains, handed.export.mixture_D, strict=True):
+        own = n_tokens * [row["domain"] == domain for row in rows]
+        found = own.sum() / n_tokens.sum()
+        error = np.sqrt(((own - found * n_tokens) ** 2).sum()) / n_tokens.sum()
+        assert abs(found - share) <= 4 * error
+        assert error < 0.02
 
 
 @pytest.mark.parametrize("n_domains", CASES)
@@ -91,9 +105,7 @@ def test_datasets_reads_a_sample_to_its_end_with_exact_shares(tmp_path, n_domain
     pytest.importorskip("datasets")
     handed, folder = make(tmp_path, "datasets", n_domains, budget=20_000, sample="jsonl")
     module = loader_of(folder)
-    plan = json.loads((folder / "interleave.json").read_text(encoding="utf-8"))
-    plan["columns"].append("domain")
-    (folder / "interleave.json").write_text(json.dumps(plan), encoding="utf-8")
+    read_domains_too(folder)
 
     tokens = tokens_in(module.load_mixture())
 

@@ -1,11 +1,14 @@
 """What holds for every format; what a trainer makes of its own is in `test_formats_by_*`."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 
+from causalmix_pipeline.adapters import export_sample
 from causalmix_pipeline.adapters.exporter import Exporter
 from causalmix_pipeline.adapters.trainer_formats import (
     FORMATS,
@@ -13,7 +16,7 @@ from causalmix_pipeline.adapters.trainer_formats import (
     hand_over,
     markdown_label,
 )
-from causalmix_pipeline.core.errors import ConfigError
+from causalmix_pipeline.core.errors import ConfigError, PoolError
 from causalmix_pipeline.resources.settings import FormatName
 from causalmix_pipeline_tests.adapters.exported_pool import (
     HOSTILE,
@@ -114,6 +117,100 @@ def test_a_domain_too_scarce_for_a_document_is_left_out(tmp_path):
     for name in FORMATS:
         handed = hand_over(tmp_path / name, export, name, pool)
         assert handed.achieved_D[2] <= 1e-6, name
+
+
+#: Formats that may be written without a sample, and where one of theirs is.
+SAMPLED = [(name, "domains" if name in TRAINERS and TRAINERS[name].by_domain else "sample")
+           for name in FORMATS if name != "axolotl"]  # fmt: skip
+
+
+def named_paths(folder: Path) -> str:
+    """All that the configuration in a folder says."""
+    return "".join(
+        path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".yaml")
+    )
+
+
+@pytest.mark.parametrize("change", ["mixture", "budget", "seed", "fingerprints", "a lost file"])
+def test_a_sample_of_another_export_is_removed_and_never_named(tmp_path, change):
+    pool = write_pool(tmp_path / "pool", ["a", "b"])
+    old = export_of(pool, ["a", "b"], [0.5, 0.5], budget=3000)
+    hand_over(tmp_path / "out", old, "trl", pool, sample="parquet")
+    new = {
+        "mixture": export_of(pool, ["a", "b"], [0.4, 0.6], budget=3000),
+        "budget": export_of(pool, ["a", "b"], [0.5, 0.5], budget=3001),
+        "seed": export_of(pool, ["a", "b"], [0.5, 0.5], budget=3000, seed=1),
+        "fingerprints": replace(old, fingerprints={"pool": "another"}),
+    }.get(change, old)
+    if change == "a lost file":
+        (tmp_path / "out" / "domains" / "b" / "part-00000.parquet").unlink()
+
+    handed = hand_over(tmp_path / "out", new, "trl", pool)
+
+    assert handed.export.sample is None
+    assert "/domains/" not in named_paths(tmp_path / "out")
+    assert not (tmp_path / "out" / "domains").exists()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize(("name", "place"), SAMPLED)
+def test_a_sample_of_this_very_export_is_kept_and_named(tmp_path, name, place):
+    pool = write_pool(tmp_path / "pool", ["a", "b"], apart=False)
+    export = export_of(pool, ["a", "b"], [0.5, 0.5], budget=3000)
+    first = hand_over(tmp_path / "out", export, name, pool, sample="parquet")
+    before = {path: path.read_bytes() for path in first.paths}
+
+    again = hand_over(tmp_path / "out", export, name, pool)
+
+    assert (tmp_path / "out" / place / "index.json").is_file()
+    assert again.export.sample == "parquet"
+    assert again.achieved_D.tolist() == first.achieved_D.tolist()
+    assert {path: path.read_bytes() for path in again.paths} == before
+
+
+def test_a_folder_of_a_users_own_stays(tmp_path):
+    pool = write_pool(tmp_path / "pool", ["a", "b"])
+    (tmp_path / "out" / "domains").mkdir(parents=True)
+    (tmp_path / "out" / "domains" / "notes.txt").write_text("mine")
+
+    hand_over(tmp_path / "out", export_of(pool, ["a", "b"], [0.5, 0.5], budget=900), "trl", pool)
+
+    assert (tmp_path / "out" / "domains" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("is_swapped", [True, False])
+def test_an_end_at_the_swap_leaves_no_configuration_of_another_sample(
+    tmp_path, name, is_swapped, monkeypatch
+):
+    pool = write_pool(tmp_path / "pool", ["a", "b"])
+    old = export_of(pool, ["a", "b"], [0.5, 0.5], budget=900)
+    written = hand_over(tmp_path / "out", old, name, pool, sample="jsonl").paths
+    swap = export_sample._put_in_place
+
+    def end(whole, place):
+        if is_swapped:
+            swap(whole, place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_sample, "_put_in_place", end)
+    with pytest.raises(KeyboardInterrupt):
+        new = export_of(pool, ["a", "b"], [0.5, 0.5], budget=5000)
+        hand_over(tmp_path / "out", new, name, pool, sample="jsonl")
+
+    assert not any(path.exists() for path in written)
+
+
+def test_a_sample_that_cant_be_written_leaves_the_old_one_and_its_configuration(tmp_path):
+    pool = write_pool(tmp_path / "pool", ["a", "b"])
+    export = export_of(pool, ["a", "b"], [0.5, 0.5], budget=5000)
+    written = hand_over(tmp_path / "out", export, "trl", pool, sample="jsonl").paths
+    (tmp_path / "pool" / "00-one.jsonl").unlink()
+
+    with pytest.raises(PoolError):
+        hand_over(tmp_path / "out", export, "trl", pool, sample="jsonl")
+
+    assert all(path.is_file() for path in written)
 
 
 def test_every_trainer_is_an_exporter_and_a_setting():

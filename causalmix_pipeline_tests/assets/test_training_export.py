@@ -10,6 +10,7 @@ import yaml
 
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value
 from causalmix_pipeline.automation.staleness import last_made, refresh
+from causalmix_pipeline.cli import main
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.instance import ensure_instance
 from causalmix_pipeline.resources.settings_file import load_settings
@@ -61,6 +62,19 @@ def test_formats_are_written_beside_and_their_shares_told(finished):
     assert "asked" in str(table) and "axolotl" in str(table)
     worst = event.metadata["largest deviation of a share"].value
     assert isinstance(worst, float) and 0 <= worst < 0.01
+
+
+def test_a_sample_of_a_command_with_another_budget_is_never_named_by_the_asset(finished):
+    folder = finished.parent / "data" / "export" / "trl"
+    arguments = ["--format", "trl", "--sample", "parquet", "--tokens", "30000"]
+    assert main(["export", *arguments, "--config", str(finished)]) == 0
+    assert "domains/" in (folder / "mixture.yaml").read_text()
+
+    make_again(finished, formats=["trl"], tokens=20_000)
+
+    read = yaml.safe_load((folder / "mixture.yaml").read_text())
+    assert all("fraction" in part for part in read["datasets"])
+    assert not (folder / "domains").exists()
 
 
 @pytest.mark.parametrize("formats", [["nemo"], "trl"])
