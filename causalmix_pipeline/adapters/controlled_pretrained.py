@@ -2,7 +2,7 @@
 
 Model, optimiser, checkpoints and scores are those of a static run (`pretrained_proxy`). The
 sequences of a step are taken domain by domain, so that each domain's loss is known; a block's
-sequences follow its shares. Checkpoints are made at the ends of blocks alone.
+sequences follow its shares. A checkpoint inside a block keeps what was seen of it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from causalmix_pipeline.adapters.controlled_proxy import gradient_gram, mean_excess
 from causalmix_pipeline.adapters.packed_samples import BlockPacker, PackedDomain, SequenceRows
 from causalmix_pipeline.adapters.pretrained_proxy import (
     Checkpoints,
     Feed,
-    History,
     Trainer,
     autocast,
     load_model,
@@ -57,12 +57,16 @@ def controlled_trainer(
 
     Raises:
         ConfigError: if the controller's settings don't fit the run.
-        ProxyError: if the reference diverges, or a domain that is read has nothing to learn.
+        ProxyError: if a domain that is read has nothing to learn.
     """
     config = spec.config
     assert isinstance(config, PretrainedConfig)
     control = ControlledRun(
-        controller, np.array(spec.mixture), steps=config.steps, seed=spec.data_seed
+        controller,
+        np.array(spec.mixture),
+        steps=config.steps,
+        seed=spec.data_seed,
+        forwards_per_training=2 if config.method == "lora" else 3,
     )
     reference = Reference(store, spec, config, device) if controller.needs_reference else None
     feed = BlockFeed(store, spec, config, control)
@@ -88,11 +92,6 @@ class Reference:
         checkpoints = Checkpoints(store.scratch(spec.key) / "reference")
         trainer = Trainer(load_model(config, device), config, device, feed, checkpoints)
         self.history = trainer.train()
-        if self.history.diverged:
-            raise ProxyError(
-                "the reference model of a controlled run must train without infinite losses, got "
-                f"one at step {self.history.step}. Lower proxy.overrides.learning_rate."
-            )
         trainer.optimiser.zero_grad(set_to_none=True)
         self.model = trainer.model.eval()
         self.n_tokens = sum(
@@ -174,21 +173,22 @@ class ControlledTrainer(Trainer):
         """Start, or go on from the last checkpoint."""
         super().__init__(model, config, device, feed, checkpoints)
         self.control, self.reference = feed.control, reference
-        self.saved_step = self.history.step
         if self.history.control is not None:
-            self._go_on(self.history)
-        elif reference is not None:
+            self._go_on(self.history.control)
+            return
+        self._begin()
+        if reference is not None:
             self.control.extra.reference_tokens += reference.n_tokens
             self.history.seconds += reference.history.seconds
             self.history.cpu_seconds += reference.history.cpu_seconds
-        self._begin()
+            # Without a reference there is nothing to compare with: the run ends as it did.
+            self.history.diverged = reference.history.diverged
 
-    def _go_on(self, history: History) -> None:
+    def _go_on(self, state: dict[str, Any]) -> None:
         """Let the controller see, and the feed read, what they did before the checkpoint."""
         control = self.control
-        assert history.control is not None
         try:
-            control.restore(history.control)
+            control.restore(state)
         except ValueError as error:
             raise ProxyError(
                 f"the checkpoint of a controlled run must lead to the shares that it holds, but "
@@ -197,6 +197,9 @@ class ControlledTrainer(Trainer):
         starts = [0, *control.ends]
         for block in range(control.block):
             self.feed.begin(control.path[block], (starts[block], control.ends[block]))
+        self._begin()
+        self.nats_D = np.array(state["nats"], dtype=float)
+        self.losses_D = np.array(state["losses"], dtype=np.int64)
 
     def _begin(self) -> None:
         """Begin the block that the controller is in, if one is left."""
@@ -230,19 +233,25 @@ class ControlledTrainer(Trainer):
 
     def _after_step(self) -> None:
         """End the block with its last step, and keep a checkpoint where it is time."""
+        if self.history.step == self.control.span[1]:
+            self._end_block()
+        super()._after_step()
+
+    def _end_block(self) -> None:
+        """Tell the controller what the block gave, and begin the next one."""
         control, step = self.control, self.history.step
-        if step < control.span[1]:
-            return
         loss_D = np.full(len(self.nats_D), np.nan)
         read = self.losses_D > 0
         loss_D[read] = self.nats_D[read] / self.losses_D[read]
         probe = None if control.is_last else self._probe()
         control.see(BlockSeen(step, control.steps, loss_D, self.feed.tokens_D, probe))
         self._begin()
-        self.history.control = control.state()
-        if step - self.saved_step >= self.config.checkpoint_steps or step == self.feed.n_steps:
-            self.save()
-            self.saved_step = step
+
+    def save(self) -> None:
+        """Keep a checkpoint, with what was seen so far of the block that is being trained."""
+        seen = {"nats": self.nats_D.tolist(), "losses": self.losses_D.tolist()}
+        self.history.control = self.control.state() | seen
+        super().save()
 
     def told(self) -> dict[str, Any]:
         """What the controller did and cost."""
@@ -267,18 +276,13 @@ class ControlledTrainer(Trainer):
             loss_D[d] = nats.mean(dtype=float)
             control.extra.forward_tokens += n_tokens
             if self.reference is not None:
-                above = np.maximum(nats - self._token_losses(self.reference.model, rows), 0)
-                excess_D[d] = above.mean(dtype=float)
+                excess_D[d] = mean_excess(nats, self._token_losses(self.reference.model, rows))
                 control.extra.forward_tokens += n_tokens
         self.model.train()
-        gram_DD = np.zeros((len(loss_D), len(loss_D)))
-        for d, one in gradients.items():
-            for e, other in gradients.items():
-                gram_DD[d, e] = float(one.double() @ other.double())
         return Probe(
             loss_D,
             excess_D if asked.needs_reference else None,
-            gram_DD if asked.needs_gradients else None,
+            gradient_gram(gradients, len(loss_D)) if asked.needs_gradients else None,
         )
 
     def _token_losses(self, model: Any, rows: Sequence[SequenceRows]) -> np.ndarray:

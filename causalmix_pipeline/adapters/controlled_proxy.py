@@ -1,9 +1,10 @@
 """Trains one tiny proxy model under a controller that sets its mixture block by block.
 
 Model, optimiser and evaluation are those of a static run (`torch_proxy`), one model at a time; a
-run whose controller never changes the mixture gives a static run's bits. At the end of a block the
-controller may ask for a probe: some training windows of each domain, the same for all runs of a
-pool state. A run that takes long is kept at the ends of blocks, and goes on from there.
+run of one block gives a static run's bits, one of more blocks reads the same windows in another
+order even where its mixture never changes. At the end of a block the controller may ask for a
+probe: some training windows of each domain, the same for all runs of a pool state. A run that takes
+long is kept at the ends of blocks, and goes on from there.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two checkpoints: a run that takes less starts over when it was killed.
 CHECKPOINT_SECONDS = 20.0
+#: Weights of a gradient that are compared at once.
+GRAM_WEIGHTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -219,20 +222,19 @@ class _Training:
             n_tokens = windows_WL[:, 1:].size
             if asked.needs_gradients:
                 loss_D[d] = float(self.model.loss_and_gradients(windows_WL[None]))
-                gradients[d] = self.model.flat_gradients["matrices"][0].double().cpu()
+                gradients[d] = self.model.flat_gradients["matrices"][0].clone()
                 control.extra.backward_tokens += n_tokens
                 continue
             nats = self.model.token_nats(windows_WL)
             loss_D[d] = nats.mean(dtype=float)
             control.extra.forward_tokens += n_tokens
             if self.reference is not None:
-                above = np.maximum(nats - self.reference.token_nats(windows_WL), 0)
-                excess_D[d] = above.mean(dtype=float)
+                excess_D[d] = mean_excess(nats, self.reference.token_nats(windows_WL))
                 control.extra.forward_tokens += n_tokens
         return Probe(
             loss_D,
             excess_D if asked.needs_reference else None,
-            _gram(gradients, len(loss_D)) if asked.needs_gradients else None,
+            gradient_gram(gradients, len(loss_D)) if asked.needs_gradients else None,
         )
 
     def _result(self, evaluation: EvalWindows) -> StackResult:
@@ -328,12 +330,22 @@ class _Training:
         }
 
 
-def _gram(gradients: dict[int, torch.Tensor], n_domains: int) -> np.ndarray:
-    """Inner products of the domains' gradients; 0 where a domain has none."""
-    gram_DD = np.zeros((n_domains, n_domains))
-    for d, one in gradients.items():
-        for e, other in gradients.items():
-            gram_DD[d, e] = float(one @ other)
+def mean_excess(nats: np.ndarray, reference_nats: np.ndarray) -> float:
+    """Mean nats above a reference's, each token's at least 0; nan where losses are infinite."""
+    with np.errstate(invalid="ignore"):
+        return float(np.maximum(nats - reference_nats, 0).mean(dtype=float))
+
+
+def gradient_gram(gradients: dict[int, torch.Tensor], n_domains: int) -> np.ndarray:
+    """Inner products of the domains' gradients in double; 0 where a domain has none."""
+    import torch
+
+    gram_DD, domains = np.zeros((n_domains, n_domains)), list(gradients)
+    size = gradients[domains[0]].numel()
+    for at in range(0, size, GRAM_WEIGHTS):  # so that few weights are held twice
+        parts = [gradient[at : at + GRAM_WEIGHTS].double() for gradient in gradients.values()]
+        part = torch.stack(parts)
+        gram_DD[np.ix_(domains, domains)] += (part @ part.T).cpu().numpy()
     return gram_DD
 
 

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from causalmix_pipeline.adapters.tokenizer import TokenStore
-from causalmix_pipeline.core.token_sampler import EndlessOrder, domain_schedule
+from causalmix_pipeline.core.token_sampler import (
+    EndlessOrder,
+    domain_schedule,
+    wanted_of_block,
+)
 
 #: Unfinished sequences that a sample may still go into; more waste less padding.
 N_OPEN = 32
@@ -294,14 +298,15 @@ class BlockPacker:
         """Domain and sequence inside the domain of each slot of the next block.
 
         What rounding to whole sequences kept from a domain in earlier blocks is made up for: all
-        blocks so far together are within one sequence of their shares.
+        blocks so far together are within one sequence of their shares. A share of 0 reads nothing;
+        where a share falls to 0, the others are off by what that domain is owed, too.
 
         Args:
             shares_D: shares of tokens, shape (D,), sum 1.
             n_tokens: tokens of the block.
             at_least: sequences of the block: one a step.
         """
-        wanted_D = shares_D * n_tokens + self._owed_D
+        wanted_D = wanted_of_block(shares_D, n_tokens, self._owed_D)
         ahead = [self._ahead(d, wanted, at_least) for d, wanted in enumerate(wanted_D)]
         ends = [np.cumsum([0, *self.tokens_DS[d][items]]) for d, items in enumerate(ahead)]
         counts_D, tokens_D = _nearest_counts(
@@ -311,7 +316,7 @@ class BlockPacker:
         sequence_W = np.zeros(len(domain_W), dtype=np.int64)
         for d, items in enumerate(ahead):
             sequence_W[domain_W == d] = items[: counts_D[d]]
-        self._owed_D = wanted_D - tokens_D
+        self._owed_D = shares_D * n_tokens + self._owed_D - tokens_D
         self._place_D += counts_D
         self.read_D = self.read_D + tokens_D.astype(np.int64)
         self.n_blocks += 1
@@ -322,6 +327,11 @@ class BlockPacker:
         if wanted <= 0:
             return np.zeros(0, dtype=np.int64)
         tokens_S = self.tokens_DS[domain]
-        shortest = int(tokens_S.min()) if len(tokens_S) else 1
-        count = max(int(wanted // shortest) + 1, at_least)
+        if not len(tokens_S):
+            return self._orders[domain].take(0, 1)  # says what is wrong
+        # More tokens than wanted lie in that many sequences, and in that many whole epochs, of
+        # which the first one may have begun.
+        by_shortest = int(wanted // tokens_S.min()) + 1
+        by_epochs = (int(wanted // tokens_S.sum()) + 2) * len(tokens_S)
+        count = max(min(by_shortest, by_epochs), at_least)
         return self._orders[domain].take(int(self._place_D[domain]), count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,7 @@ from causalmix_pipeline.adapters.page_parts import (
     share_text,
     signed_text,
 )
-
-if TYPE_CHECKING:
-    from causalmix_pipeline.adapters.report_html import ReportData
+from causalmix_pipeline.adapters.report_data import ReportData
 
 #: What each verdict means, in a few words.
 VERDICT_WORDS = {

@@ -22,7 +22,7 @@ from causalmix_pipeline.adapters.page_parts import (
     tokens_text,
 )
 from causalmix_pipeline.adapters.report_answers import Sentence, answers_of, heading_of
-from causalmix_pipeline.adapters.report_html import ReportData
+from causalmix_pipeline.adapters.report_data import ReportData
 
 #: Letters of a name; longer ones are cut.
 MOST_LETTERS = 80

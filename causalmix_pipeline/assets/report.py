@@ -8,7 +8,8 @@ import polars as pl
 
 from causalmix_pipeline.adapters.beliefs_html import Beliefs
 from causalmix_pipeline.adapters.interpretation_html import Interpretation
-from causalmix_pipeline.adapters.report_html import ReportData, write_report
+from causalmix_pipeline.adapters.report_data import ReportData
+from causalmix_pipeline.adapters.report_html import write_report
 from causalmix_pipeline.adapters.report_markdown import write_markdown
 from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.adapters.what_if_html import WhatIf

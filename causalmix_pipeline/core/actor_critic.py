@@ -38,10 +38,11 @@ class RLScheduler(ProbingConfig):
         reward     w_d = <g_d, sum_j g_j> / sum_j |g_j|^2, averaged over blocks with weight
                    `averaging` on the past
         critic     Q(s, a) of D values, one a domain, fitted to r + discount Q'(s', m'(s'))
-        actor      m(s) = softmax(log mixture + network(s)), ascends sum_d m_d(s) Q_d(s, m(s))
+        actor      m(s) = (1 - floor) softmax(log mixture + network(s)) + floor mixture, ascends
+                   sum_d m_d(s) Q_d(s, m(s))
         targets    Q' and m' follow Q and m by `follow` an update
-        shares     (1 - floor) m(s) + floor mixture, and in the first `warmup` of the blocks the
-                   mixture plus normal noise
+        shares     m(s), and in the first `warmup` of the blocks the mixture plus normal noise, its
+                   floor kept in the same way
 
     w_d is how fast a step on domain d lowers the losses of all domains together, to first order.
 
@@ -146,11 +147,16 @@ class _ActorCritic:
             wanted_D = wanted_D / wanted_D.sum() if wanted_D.sum() > 0 else self.mixture_D
         else:
             assert self.state_S is not None
-            wanted_D = self._policy(self.actor, self.state_S[None])[0]
-        return (1 - config.floor) * wanted_D + config.floor * self.mixture_D
+            wanted_D = self._softmax(self.actor, self.state_S[None])[0]
+        return self._floored(wanted_D)
 
-    def _policy(self, actor: Network, state_BS: np.ndarray) -> np.ndarray:
+    def _softmax(self, actor: Network, state_BS: np.ndarray) -> np.ndarray:
+        """What an actor wants; the shares that it sets keep the floor."""
         return softmax(np.log(self.mixture_D) + actor.forward(state_BS))
+
+    def _floored(self, wanted: np.ndarray) -> np.ndarray:
+        floor = self.config.floor
+        return (1 - floor) * wanted + floor * self.mixture_D
 
     def _learn(self) -> None:
         """One update of the critic, the actor and both targets."""
@@ -160,7 +166,7 @@ class _ActorCritic:
         state, action, reward, later = (
             np.stack([self.transitions[i][part] for i in drawn]) for part in range(4)
         )
-        later_action = self._policy(self.later_actor, later)
+        later_action = self._floored(self._softmax(self.later_actor, later))
         value = self.later_critic.forward(np.concatenate([later, later_action], 1))
         error = self.critic.forward(np.concatenate([state, action], 1)) - (
             reward + config.discount * value
@@ -168,13 +174,14 @@ class _ActorCritic:
         gradients, _ = self.critic.backward(2 * error / error.size)
         self.critic.adam(gradients, config.learning_rate)
 
-        policy = self._policy(self.actor, state)
+        wanted = self._softmax(self.actor, state)
+        policy = self._floored(wanted)
         value = self.critic.forward(np.concatenate([state, policy], 1))
         _, d_inputs = self.critic.backward(policy)
         d_policy = value + d_inputs[:, state.shape[1] :]
         # Through the softmax: its output times what exceeds the mean under it.
-        d_logits = policy * (d_policy - (policy * d_policy).sum(1, keepdims=True))
-        gradients, _ = self.actor.backward(-d_logits / n)
+        d_logits = wanted * (d_policy - (wanted * d_policy).sum(1, keepdims=True))
+        gradients, _ = self.actor.backward(-(1 - config.floor) * d_logits / n)
         self.actor.adam(gradients, config.learning_rate)
         self.later_actor.follow(self.actor, config.follow)
         self.later_critic.follow(self.critic, config.follow)

@@ -15,6 +15,9 @@ import numpy as np
 
 from causalmix_pipeline.core.controllers import BlockSeen, ControllerConfig
 
+#: Shares of one block that differ by more, from the same blocks before it, aren't one run's.
+SHARES_APART = 1e-6
+
 
 @dataclass
 class ExtraCompute:
@@ -30,10 +33,14 @@ class ExtraCompute:
     backward_tokens: int = 0
     reference_tokens: int = 0
 
-    @property
-    def as_training_tokens(self) -> float:
-        """The training tokens of the same cost: a backward pass costs two forward passes."""
-        return self.forward_tokens / 3 + self.backward_tokens + self.reference_tokens
+    def as_training_tokens(self, forwards_per_training: int) -> float:
+        """The training tokens of the same cost.
+
+        Args:
+            forwards_per_training: forward passes that cost as much as training on their tokens.
+        """
+        forward = self.forward_tokens / forwards_per_training
+        return forward + self.backward_tokens + self.reference_tokens
 
 
 class ControlledRun:
@@ -47,7 +54,13 @@ class ControlledRun:
     """
 
     def __init__(
-        self, config: ControllerConfig, mixture_D: np.ndarray, *, steps: int, seed: int
+        self,
+        config: ControllerConfig,
+        mixture_D: np.ndarray,
+        *,
+        steps: int,
+        seed: int,
+        forwards_per_training: int = 3,
     ) -> None:
         """Begin a run.
 
@@ -56,16 +69,21 @@ class ControlledRun:
             mixture_D: shares that it starts from.
             steps: optimiser steps of the run.
             seed: of the run.
+            forwards_per_training: forward passes that cost as much as training on their tokens: 3
+                where all weights are trained, 2 where nearly all are frozen, whose gradients
+                aren't computed.
 
         Raises:
             ConfigError: if the settings don't fit the run.
         """
         self.config, self.steps = config, steps
+        self.forwards_per_training = forwards_per_training
         self.active_D = config.start(mixture_D) > 0
         self.ends = config.ends(steps)
         self.seen: list[BlockSeen] = []
         self._controller = config.build(mixture_D[self.active_D], seed=seed)
-        self.path = [self._next(None)]
+        self.path: list[np.ndarray] = []
+        self.path.append(self._next(None))
         self.extra = ExtraCompute()
 
     @property
@@ -96,8 +114,12 @@ class ControlledRun:
             self.path.append(self._next(seen.of(self.active_D)))
 
     def _next(self, seen: BlockSeen | None) -> np.ndarray:
+        """Shares of the next block: the last ones where a diverged model leads to none."""
         shares_D = np.zeros(len(self.active_D))
-        shares_D[self.active_D] = self._controller.next_shares(seen)
+        with np.errstate(all="ignore"):
+            shares_D[self.active_D] = self._controller.next_shares(seen)
+        if self.path and not np.isfinite(shares_D).all():
+            return self.path[-1]
         return shares_D
 
     def state(self) -> dict[str, Any]:
@@ -111,23 +133,30 @@ class ControlledRun:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Bring a run that has just begun to where another one was.
 
+        Another machine may round the shares otherwise; those that were trained on are taken.
+
         Raises:
             ValueError: if the controller doesn't set the shares again that it had set.
         """
         assert not self.seen
         for seen in state["seen"]:
             self.see(BlockSeen.from_dict(seen))
-        if [shares_D.tolist() for shares_D in self.path] != state["path"]:
+        path = [np.array(shares, dtype=float) for shares in state["path"]]
+        if np.shape(path) != np.shape(self.path) or not np.allclose(
+            path, self.path, rtol=0, atol=SHARES_APART
+        ):
             raise ValueError("the controller sets other shares from the same blocks")
+        self.path = path
         self.extra = ExtraCompute(**state["extra"])
 
     def told(self) -> dict[str, Any]:
         """What a finished run's record keeps of its controller.
 
         `path` has an entry a block: its first step, its shares, the tokens read and the training
-        loss of each domain (None where nothing was read). `mean_shares` is their mean over steps;
-        `tokens` is what the run learned from, `total_tokens` the training tokens of the same cost
-        as all that it computed, a forward pass a third of a training token.
+        loss of each domain (None where nothing was read, or it wasn't finite). `mean_shares` is
+        their mean over steps; `tokens` is what the run learned from, `total_tokens` the training
+        tokens of the same cost as all that it computed, a forward pass a third of a training
+        token, or half of one where nearly all weights are frozen.
         """
         starts = [0, *self.ends[:-1]]
         tokens = int(sum(seen.tokens_D.sum() for seen in self.seen))
@@ -140,12 +169,14 @@ class ControlledRun:
                     "step": start,
                     "shares": shares_D.tolist(),
                     "tokens": seen.tokens_D.tolist(),
-                    "loss": [None if math.isnan(loss) else loss for loss in seen.loss_D.tolist()],
+                    "loss": [
+                        loss if math.isfinite(loss) else None for loss in seen.loss_D.tolist()
+                    ],
                 }
                 for start, shares_D, seen in zip(starts, self.path, self.seen, strict=False)
             ],
             "mean_shares": None if mean_D is None else mean_D.tolist(),
             "tokens": tokens,
             **asdict(self.extra),
-            "total_tokens": tokens + self.extra.as_training_tokens,
+            "total_tokens": tokens + self.extra.as_training_tokens(self.forwards_per_training),
         }

@@ -24,7 +24,7 @@ from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.mixture import check_mixture
 
 #: Raise when the same settings would give other shares: it is part of a controlled run's name.
-CONTROL_VERSION = 1
+CONTROL_VERSION = 2
 
 #: What the losses of a bandit are divided by where it sums them, as in the authors' code.
 REWARD_SCALE = 10.0
@@ -192,7 +192,8 @@ class StaticMixture(ControllerConfig):
 class Schedule(ControllerConfig):
     """Stages written down beforehand, each a part of the training with a mixture of its own.
 
-    A stage is a block, so each has its shares exactly. The run's own mixture isn't read.
+    A stage is a block: it has its shares to within two windows or one packed sequence, and reads
+    nothing of a domain without a share in it. The run's own mixture isn't read.
 
     Attributes:
         stages: for each stage its part of the steps, > 0 and together 1, and its mixture.
@@ -388,13 +389,18 @@ class DoReMi(ProbingConfig):
     kind: ClassVar[str] = "doremi"
     needs_reference: ClassVar[bool] = True
     step_size: float = dial(1.0, "Step of the weights in each block; the paper's eta; > 0.")
-    smoothing: float = dial(1e-3, "Equal shares mixed into the weights; the paper's c; in [0, 1).")
+    smoothing: float = dial(1e-3, "Equal shares mixed into the weights; the paper's c; in (0, 1).")
 
     def __post_init__(self) -> None:
         """Check each setting."""
         super().__post_init__()
         self._require("step_size", self.step_size > 0, "> 0", "The paper has 1")
-        self._require("smoothing", 0 <= self.smoothing < 1, "in [0, 1)", "The paper has 0.001")
+        self._require(
+            "smoothing",
+            0 < self.smoothing < 1,
+            "in (0, 1)",
+            "A weight that has fallen to 0 would never rise again; the paper has 0.001",
+        )
 
     def build(self, mixture_D: np.ndarray, *, seed: int) -> MixtureController:
         """Weights that start from the mixture."""

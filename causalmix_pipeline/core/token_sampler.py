@@ -5,8 +5,8 @@ Stateless: the schedule is a function of (shares, number of windows, seed). The 
 a domain is a function of the pool state alone, so runs of one state share it.
 
 Where shares change from block to block (`BlockSampler`), what a block reads is a function of the
-seeds and of the shares up to it, and each block has its shares; read as one block, a run is what
-`window_schedule` gives.
+seeds and of the shares up to it, and each block has its shares to within two windows; read as one
+block, a run is what `window_schedule` gives.
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ class EndlessOrder:
                 "a domain with a share must have something to read, got nothing in this pool "
                 "state. Give it a share of 0 in each stage of the controller, or add documents."
             )
-        while len(self._order) < start + count:
-            self._order = np.concatenate([self._order, self._rng.permutation(self.size)])
+        missing = start + count - len(self._order)
+        if missing > 0:
+            n_epochs = -(-missing // self.size)
+            more = [self._rng.permutation(self.size) for _ in range(n_epochs)]
+            self._order = np.concatenate([self._order, *more])
         return self._order[start : start + count]
 
 
@@ -112,6 +115,21 @@ def probe_items(size: int, count: int, *, seed: Sequence[int]) -> np.ndarray:
         seed: of the pool state, the domain and the block.
     """
     return np.random.default_rng(seed).permutation(size)[:count]
+
+
+def wanted_of_block(shares_D: np.ndarray, size: float, owed_D: np.ndarray) -> np.ndarray:
+    """What a block is to read of each domain: its share, and what earlier blocks owe it.
+
+    A domain without a share gets nothing: what it is owed is lent to the others by their shares,
+    and it stays owed for the block in which the domain has a share again.
+
+    Args:
+        shares_D: shape (D,), sum 1.
+        size: of the block, in windows or tokens.
+        owed_D: in the same unit; below 0 where a domain has had too much.
+    """
+    lent = owed_D[shares_D == 0].sum()
+    return np.where(shares_D == 0, 0.0, shares_D * size + owed_D + shares_D * lent)
 
 
 class BlockSampler:
@@ -136,15 +154,15 @@ class BlockSampler:
 
         What rounding kept from a domain in earlier blocks is made up for, so that a share of less
         than a window a block is read, too: all blocks so far together are within one window of
-        their shares, and a block within two.
+        their shares, and a block within two. A share of 0 reads nothing; where a share falls to 0,
+        the others are off by what that domain is owed, too.
 
         Args:
             shares_D: shape (D,), sum 1; of domains with windows alone.
             n_windows: windows of the block.
         """
-        wanted_D = shares_D * n_windows + self._owed_D
-        counts_D = _whole_counts(wanted_D, n_windows)
-        self._owed_D = wanted_D - counts_D
+        counts_D = _whole_counts(wanted_of_block(shares_D, n_windows, self._owed_D), n_windows)
+        self._owed_D = shares_D * n_windows + self._owed_D - counts_D
         domain_W = domain_schedule(counts_D, seed=[self.seed, self.n_blocks])
         window_W = np.zeros(n_windows, dtype=np.int64)
         for d, count in enumerate(counts_D.tolist()):
@@ -160,5 +178,6 @@ def _whole_counts(wanted_D: np.ndarray, n_windows: int) -> np.ndarray:
     while counts_D.sum() > n_windows:  # others were owed less than nothing
         counts_D[np.argmax(np.where(counts_D > 0, counts_D - wanted_D, -np.inf))] -= 1
     missing = n_windows - int(counts_D.sum())
-    counts_D[np.argsort(-(wanted_D - counts_D), kind="stable")[:missing]] += 1
+    remainder_D = np.where(wanted_D == 0, -np.inf, wanted_D - counts_D)
+    counts_D[np.argsort(-remainder_D, kind="stable")[:missing]] += 1
     return counts_D

@@ -11,8 +11,8 @@ from causalmix_pipeline.core.actor_critic import RLScheduler
 from causalmix_pipeline.core.controllers import DoReMi, OnlineBandit, Schedule
 from causalmix_pipeline_tests.adapters.pretrained_runs import small_config, write_run
 
-#: Twelve steps in six blocks, a checkpoint after every second one.
-RECIPE = {"tokens": 64 * 4 * 12, "checkpoint_steps": 4}
+#: Twelve steps in six blocks, checkpoints within the third and at the end of the fifth.
+RECIPE = {"tokens": 64 * 4 * 12, "checkpoint_steps": 5}
 CONTROLLERS = {
     "schedule": Schedule(stages=((0.5, (0.8, 0.2)), (0.5, (0.1, 0.9)))),
     "online_bandit": OnlineBandit(blocks=6),

@@ -199,6 +199,49 @@ def test_lora_runs_are_controlled_too(model, tmp_path):
     assert np.ptp([block["shares"][0] for block in record.control["path"]]) > 0.01
 
 
+@pytest.mark.parametrize(("method", "part"), [("full", 3), ("lora", 2)])
+def test_a_forward_pass_costs_more_of_a_training_token_under_lora(model, tmp_path, method, part):
+    """Gradients of frozen weights aren't computed: a third of the work of training falls away."""
+    control = train(tmp_path, model, "doremi", method=method).control
+
+    forward = control["total_tokens"] - control["tokens"] - control["reference_tokens"]
+    assert forward == pytest.approx(control["forward_tokens"] / part)
+
+
+@of_each_kind
+def test_a_run_that_diverges_is_recorded_as_such(model, tmp_path, kind):
+    """As a static one is, whether it is the run itself or its reference."""
+    record = train(tmp_path, model, kind, learning_rate=1e4)
+
+    assert record.diverged
+    assert np.isfinite([block["shares"] for block in record.control["path"]]).all()
+
+
+def test_a_run_whose_reference_diverged_isn_t_trained(model, tmp_path):
+    store, spec, _ = write_controlled(tmp_path, model, "doremi", learning_rate=1e4)
+    assert spec.controller is not None
+    trainer = controlled_trainer(store, spec, spec.controller, "cpu")
+
+    assert trainer.train().diverged
+    assert trainer.history.step == 0
+
+
+@pytest.mark.parametrize("kind", ["doremi", "rl_scheduler"])
+def test_a_probe_that_isn_t_finite_keeps_the_shares(model, tmp_path, kind):
+    store, spec, _ = write_controlled(tmp_path, model, kind)
+    trainer = controlled_trainer(store, spec, spec.controller, "cpu")
+    with torch.no_grad():
+        for value in trainer.trained.values():
+            value.fill_(float("nan"))
+    trainer.history.step = trainer.control.span[1]
+    trainer.losses_D += 1
+
+    trainer._after_step()
+
+    np.testing.assert_array_equal(*trainer.control.path)
+    assert len(trainer.feed.domain_W)
+
+
 def test_a_stage_must_have_something_to_learn(model, tmp_path):
     store, spec, _ = write_controlled(
         tmp_path, model, "schedule", sequence_length=8, tokens=8 * 4 * 4
@@ -242,14 +285,13 @@ def test_a_run_that_breaks_goes_on_with_the_bits_of_an_unbroken_one(model, tmp_p
         again()
     resumed = again()
 
-    kept_step = 6 if kind == "schedule" else 4
-    assert steps[7:] == list(range(kept_step + 1, 13))
+    assert steps[7:] == list(range(6, 13))  # from the checkpoint in the middle of a block
     assert outcome(resumed) == outcome(train(tmp_path / "whole", model, kind))
 
 
 def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(model, tmp_path):
     """A process of its own, killed for real in its fourth block."""
-    kind, after, kept_step = "doremi", 7, 4
+    kind, after, kept_step = "doremi", 7, 5
     command = [sys.executable, "-m", controlled_runs.__name__, str(tmp_path / "killed")]
     with subprocess.Popen([*command, str(model), kind], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -270,9 +312,18 @@ def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(model, tmp_path):
     )
 
     assert kept == [f"step-{kept_step:08d}"]
-    assert reference == ["step-00000008", "step-00000012"]
+    assert reference == ["step-00000010", "step-00000012"]
     assert steps == list(range(kept_step + 1, 13))
     assert outcome(resumed) == outcome(train(tmp_path / "whole", model, kind))
+
+
+def test_checkpoints_come_every_checkpoint_steps_wherever_blocks_end(model, tmp_path):
+    store, spec, _ = write_controlled(tmp_path, model, "schedule", checkpoint_steps=5)
+    controlled_trainer(store, spec, spec.controller, "cpu").train()
+
+    kept = sorted(path.name for path in store.scratch(spec.key).glob("step-*"))
+
+    assert kept == ["step-00000010", "step-00000012"]
 
 
 def test_a_checkpoint_that_leads_to_other_shares_is_refused(model, tmp_path):

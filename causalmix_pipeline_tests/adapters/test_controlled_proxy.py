@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from causalmix_pipeline.adapters import controlled_proxy
 from causalmix_pipeline.adapters.controlled_proxy import (
     BlockFeed,
     ControlledResult,
+    gradient_gram,
     train_controlled,
 )
 from causalmix_pipeline.adapters.local_backend import LocalBackend, _Feed, train_stack_of_specs
@@ -252,6 +254,71 @@ def test_controlled_and_static_runs_train_side_by_side_in_workers(experiment, tm
 
 def _copy(source: RunStore, target: RunStore, folder: str) -> None:
     shutil.copytree(Path(source.root) / folder, Path(target.root) / folder)
+
+
+@of_each_kind
+def test_a_run_that_diverges_is_recorded_as_such(experiment, controller):
+    """As a static one is: its controller has nothing sound to go by."""
+    config = replace(CONFIG, learning_rate=1e4)
+    spec = controlled(experiment, controller, config=config)
+
+    (record,) = train_stack_of_specs(experiment.store, [spec], 4, "cpu")
+
+    assert record.diverged
+    assert np.isfinite([block["shares"] for block in record.control["path"]]).all()
+
+
+@pytest.mark.parametrize("controller", KINDS[2:], ids=lambda config: config.kind)
+def test_a_run_whose_weights_are_lost_keeps_its_shares_and_its_checkpoint(
+    experiment, controller, monkeypatch
+):
+    """Not a number after its second block, broken after its third and resumed."""
+    monkeypatch.setattr(controlled_proxy, "CHECKPOINT_SECONDS", 0.0)
+    original = controlled_proxy._Training._train_block
+
+    def loses(training):
+        if training.control.block == 2:
+            for tensor in training.model.flat_weights.values():
+                tensor.fill_(float("nan"))
+        original(training)
+
+    monkeypatch.setattr(controlled_proxy._Training, "_train_block", loses)
+    spec = controlled(experiment, controller, data_seed=77)
+    unbroken = train(experiment, spec)
+    _forget(experiment.store, spec)
+    with monkeypatch.context() as broken:
+        _break_after(broken, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment, spec)
+    trained = _steps_of(monkeypatch)
+    resumed = train(experiment, spec)
+
+    shares = np.array([block["shares"] for block in unbroken.control["path"]])
+    assert unbroken.result.diverged_K.all()
+    np.testing.assert_array_equal(shares[3:], shares[[2, 2]])
+    assert resumed.control == unbroken.control
+    assert 0 < len(trained) < CONFIG.steps
+
+
+def test_gradients_are_compared_in_double_each_converted_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    gradient_DP = rng.normal(size=(3, 1000)).astype(np.float32)
+    gradients = {d: torch.from_numpy(row) for d, row in zip((0, 2, 3), gradient_DP, strict=True)}
+    original, sizes = torch.Tensor.double, []
+
+    def counted(tensor):
+        sizes.append(tensor.numel())
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "double", counted)
+    monkeypatch.setattr(controlled_proxy, "GRAM_WEIGHTS", 300)
+    gram_DD = gradient_gram(gradients, 4)
+
+    wide_DP = gradient_DP.astype(float)
+    assert sum(sizes) == 3 * 1000
+    np.testing.assert_allclose(gram_DD[np.ix_([0, 2, 3], [0, 2, 3])], wide_DP @ wide_DP.T)
+    assert not gram_DD[1].any()
+    assert not gram_DD[:, 1].any()
 
 
 # Killed and resumed

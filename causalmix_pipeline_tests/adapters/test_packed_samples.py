@@ -187,6 +187,51 @@ def test_blocks_follow_their_shares_and_make_up_for_what_rounding_left():
         assert abs(packer.read_D.sum() - wanted_D.sum()) < 65
 
 
+def test_one_short_sequence_among_long_ones_makes_no_long_order():
+    """As many epochs as the tokens fill are enough."""
+    tokens_S = np.array([1, *[1000] * 9])
+    packer = BlockPacker([tokens_S, tokens_S], seed=0, order_seed=0)
+
+    for _ in range(3):
+        packer.next_block(np.array([0.5, 0.5]), 40_000.0, at_least=4)
+
+    np.testing.assert_allclose(packer.read_D, [60_000, 60_000], atol=1000)
+    assert len(packer._ahead(0, 20_000.0, 4)) <= 4 * 10
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEQUENCES, st.lists(st.floats(1, 500), min_size=1, max_size=9))
+def test_blocks_of_any_size_read_as_much_as_they_are_to(lengths, sizes):
+    tokens_DS = [np.array(of_domain) for of_domain in lengths]
+    packer = BlockPacker(tokens_DS, seed=1, order_seed=2)
+    shares_D = np.full(len(lengths), 1 / len(lengths))
+    for size in sizes:
+        packer.next_block(shares_D, size, at_least=0)
+
+    assert np.abs(packer.read_D - shares_D * sum(sizes)).max() <= 40 + 1e-6
+
+
+def test_a_domain_without_a_share_isn_t_read_whatever_it_is_owed():
+    packer = BlockPacker([np.full(9, 10)] * 3, seed=0, order_seed=0)
+    wanted = ([9.0, 9.0, 26.0], [22.0, 22.0, 0.0])  # 6 tokens stay owed to the last domain
+
+    read = [packer.next_block(np.array(w) / 44, 44.0, at_least=1)[0] for w in wanted]
+
+    np.testing.assert_array_equal(
+        [np.bincount(domain_W, minlength=3) for domain_W in read], [[1, 1, 2], [3, 2, 0]]
+    )
+
+
+def test_what_lies_ahead_is_more_than_wanted_from_any_place_of_an_epoch():
+    """The end of one epoch and the start of the next may both be short."""
+    tokens_S = np.array([1, 100])
+    for order_seed in range(20):
+        packer = BlockPacker([tokens_S], seed=0, order_seed=order_seed)
+        packer.next_block(np.array([1.0]), 100.0, at_least=1)
+
+        assert tokens_S[packer._ahead(0, 60.0, 1)].sum() > 60
+
+
 def test_a_block_has_a_sequence_for_every_step():
     packer = BlockPacker([np.full(5, 100), np.full(5, 100)], seed=0, order_seed=0)
 

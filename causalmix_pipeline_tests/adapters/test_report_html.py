@@ -21,12 +21,10 @@ from causalmix_pipeline.adapters.page_parts import (
     tokens_text,
 )
 from causalmix_pipeline.adapters.report_answers import answers_of, beyond, threshold_rows
+from causalmix_pipeline.adapters.report_data import FRAME_COLUMNS, VERDICTS, ReportData
 from causalmix_pipeline.adapters.report_html import (
     FIRST_DOMAINS,
     FIRST_ON_PHONE,
-    FRAME_COLUMNS,
-    VERDICTS,
-    ReportData,
     page_policy,
     page_script,
     render_report,

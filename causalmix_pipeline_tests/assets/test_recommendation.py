@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from causalmix_pipeline.adapters.report_html import ReportData
+from causalmix_pipeline.adapters.report_data import ReportData
 from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.assets import recommendation

@@ -108,6 +108,53 @@ def test_a_checkpoint_of_other_shares_is_refused():
         ControlledRun(OnlineBandit(blocks=4), HALVES, steps=40, seed=0).restore(kept)
 
 
+def test_a_checkpoint_of_a_machine_that_rounds_otherwise_goes_on_with_its_shares():
+    run = ControlledRun(OnlineBandit(blocks=4), HALVES, steps=40, seed=0)
+    run.see(shows(run, [2.0, 1.0]))
+    kept = run.state()
+    kept["path"][1][0] = np.nextafter(kept["path"][1][0], 1)
+    resumed = ControlledRun(OnlineBandit(blocks=4), HALVES, steps=40, seed=0)
+
+    resumed.restore(kept)
+
+    assert [shares_D.tolist() for shares_D in resumed.path] == kept["path"]
+
+
+def test_a_checkpoint_of_more_blocks_than_were_seen_is_refused():
+    run = ControlledRun(OnlineBandit(blocks=4), HALVES, steps=40, seed=0)
+    kept = run.state()
+    kept["path"].append([0.5, 0.5])
+
+    with pytest.raises(ValueError, match="other shares"):
+        ControlledRun(OnlineBandit(blocks=4), HALVES, steps=40, seed=0).restore(kept)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_diverges_keeps_its_last_sound_shares(config, value):
+    def diverges(run: ControlledRun) -> BlockSeen:
+        if run.block < len(run.ends) // 2:
+            return drawn(run)
+        n = len(run.active_D)
+        return shows(run, np.full(n, value), np.full(n, value), np.full((n, n), value))
+
+    mixture_D = np.array([0.5, 0.3, 0.2])
+    run = play(config, diverges, mixture_D=mixture_D)
+    kept = json.loads(json.dumps(run.state()))
+    resumed = ControlledRun(config, mixture_D, steps=1000, seed=0)
+    resumed.restore(kept)
+
+    path = np.array(run.path)
+    assert path.sum(1) == pytest.approx(1.0)
+    assert (path >= 0).all()
+    np.testing.assert_array_equal(resumed.path, path)
+    told = run.told()
+    assert told["path"][-1]["loss"] == [None] * 3
+    json.dumps(told, allow_nan=False)
+    if config.kind in ("doremi", "rl_scheduler"):
+        np.testing.assert_array_equal(path[7:], path[[6] * 5])
+
+
 def test_the_seed_decides_what_an_actor_critic_draws_and_nothing_else_does():
     paths = [
         play(RLScheduler(blocks=12, updates=4), drawn, mixture_D=np.full(3, 1 / 3), seed=seed).path
@@ -134,6 +181,14 @@ def test_a_record_tells_the_path_and_all_that_was_computed():
     assert told["tokens"] == 1000
     assert told["total_tokens"] == 1000 + 300 / 3 + 50 + 900
     assert json.loads(json.dumps(told)) == told
+
+
+def test_a_forward_pass_is_half_a_training_token_where_most_weights_are_frozen():
+    config = OnlineBandit(blocks=2)
+    run = ControlledRun(config, HALVES, steps=10, seed=0, forwards_per_training=2)
+    run.extra.forward_tokens, run.extra.backward_tokens = 300, 50
+
+    assert run.told()["total_tokens"] == 300 / 2 + 50
 
 
 # A schedule
@@ -177,6 +232,7 @@ def test_a_schedule_must_fit_the_run():
         (OnlineBandit, "memory", "all"),
         (DoReMi, "step_size", 0.0),
         (DoReMi, "smoothing", -0.1),
+        (DoReMi, "smoothing", 0),
         (DoReMi, "probe_windows", 0),
         (RLScheduler, "probe_windows", 0),
         (RLScheduler, "updates", 0),
@@ -325,6 +381,24 @@ def test_an_actor_critic_keeps_a_part_of_each_share():
     run = play(RLScheduler(floor=0.4, blocks=20, updates=4), drawn, mixture_D=np.full(3, 1 / 3))
 
     assert np.min(run.path) >= 0.4 / 3 - 1e-12
+
+
+def test_an_actor_critic_judges_only_mixtures_that_it_could_set(monkeypatch):
+    """The critic is asked about shares with their floor, as those it has learned from."""
+    mixture_D = np.array([0.5, 0.3, 0.2])
+    asked, forward = [], Network.forward
+
+    def kept(network, inputs):
+        if inputs.shape[1] == 3 * 3 + 1 + 3:
+            asked.append(inputs[:, -3:])
+        return forward(network, inputs)
+
+    monkeypatch.setattr(Network, "forward", kept)
+    play(RLScheduler(floor=0.9, blocks=12, updates=4), drawn, mixture_D=mixture_D)
+
+    action_BD = np.concatenate(asked)
+    assert (action_BD >= 0.9 * mixture_D - 1e-12).all()
+    assert action_BD.sum(1) == pytest.approx(1.0)
 
 
 def test_a_network_s_gradients_are_those_of_finite_differences():

@@ -170,13 +170,25 @@ def test_a_share_below_a_window_a_block_is_read_in_some_blocks():
     assert max(blocks) == 1
 
 
-def test_a_domain_that_loses_its_share_is_read_no_more():
-    sampler = BlockSampler(np.array([100, 100, 100]), seed=0, order_seed=0)
-    sampler.next_block(np.array([0.24, 0.24, 0.52]), 5)
-    later = [sampler.next_block(np.array([0.0, 0.0, 1.0]), 5)[0] for _ in range(3)]
+@property_of
+@given(st.lists(MIXTURES.map(lambda s: (s + [0.0] * 8)[:8]), min_size=2, max_size=9))
+def test_a_domain_without_a_share_isn_t_read_whatever_it_is_owed(blocks):
+    sampler = BlockSampler(np.full(8, 100), seed=0, order_seed=0)
+    for shares in blocks:
+        shares_D = np.array(shares) / sum(shares)
+        domain_W, _ = sampler.next_block(shares_D, 7)
 
-    assert all(len(domain_W) == 5 for domain_W in later)
-    assert (np.concatenate(later)[1:] == 2).all()
+        assert len(domain_W) == 7
+        assert (shares_D[domain_W] > 0).all()
+
+
+def test_a_domain_that_gets_its_share_back_is_made_up_for_what_it_was_owed():
+    sampler = BlockSampler(np.array([100, 100]), seed=0, order_seed=0)
+    shares = ([0.54, 0.46], [0.0, 1.0], [0.54, 0.46])  # of 5 windows: 2.7 and 2.3
+
+    counts = [np.bincount(sampler.next_block(np.array(s), 5)[0], minlength=2) for s in shares]
+
+    np.testing.assert_array_equal(counts, [[3, 2], [0, 5], [2, 3]])
 
 
 def test_a_domain_is_read_in_the_state_s_order_over_all_blocks():
@@ -194,6 +206,23 @@ def test_blocks_differ_in_the_order_of_domains():
     first, second = (sampler.next_block(np.array([0.5, 0.5]), 40)[0] for _ in "ab")
 
     assert (first != second).any()
+
+
+def test_many_epochs_are_put_together_at_once(monkeypatch):
+    """Not one by one, each time with a copy of all before it; the order is that of single ones."""
+    single, whole = EndlessOrder(3, seed=[1]), EndlessOrder(3, seed=[1])
+    expected = np.concatenate([single.take(3 * epoch, 3) for epoch in range(200)])
+    original, calls = np.concatenate, []
+
+    def counted(parts):
+        calls.append(parts)
+        return original(parts)
+
+    monkeypatch.setattr(np, "concatenate", counted)
+    order = whole.take(0, 600)
+
+    assert len(calls) == 1
+    np.testing.assert_array_equal(order, expected)
 
 
 def test_an_empty_domain_with_a_share_is_refused():
