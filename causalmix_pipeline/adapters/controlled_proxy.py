@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from causalmix_pipeline.adapters.blobs import write_atomically
-from causalmix_pipeline.adapters.local_backend import _Feed, _windows_of_state
+from causalmix_pipeline.adapters.run_feed import RunFeed, windows_of_state
 from causalmix_pipeline.adapters.run_store import EvalWindows, RunStore
 from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2
 from causalmix_pipeline.adapters.torch_proxy import (
@@ -113,7 +113,7 @@ class BlockFeed:
         """Find the windows of the spec's pool state."""
         config = spec.config
         assert isinstance(config, ProxyConfig)
-        self.windows, self.starts = _windows_of_state(
+        self.windows, self.starts = windows_of_state(
             store, spec.tokens_hash, spec.state_hash, config.sequence_length
         )
         self.order_seed = int(spec.state_hash[:15], 16)
@@ -171,7 +171,7 @@ class _Training:
             self.reference = StackedQwen2(config, 1, device=device)
         resumed = self.load()
         if self.reference is not None and not resumed:
-            feed = _Feed(store, spec)
+            feed = RunFeed(store, spec)
             train_steps(self.reference, lambda step: feed.batch(step)[None])
             self.control.extra.reference_tokens += config.tokens
             self.save()

@@ -22,7 +22,8 @@ from causalmix_pipeline.adapters.controlled_proxy import (
     gradient_gram,
     train_controlled,
 )
-from causalmix_pipeline.adapters.local_backend import LocalBackend, _Feed, train_stack_of_specs
+from causalmix_pipeline.adapters.local_backend import LocalBackend, train_stack_of_specs
+from causalmix_pipeline.adapters.run_feed import RunFeed
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2
 from causalmix_pipeline.core.actor_critic import RLScheduler
@@ -199,7 +200,7 @@ def test_doremi_s_reference_is_the_static_run(experiment, monkeypatch):
     monkeypatch.setattr(controlled_proxy, "train_steps", kept)
     spec = controlled(experiment, KINDS[2])
     train(experiment, spec)
-    feed = _Feed(experiment.store, replace(spec, controller=None))
+    feed = RunFeed(experiment.store, replace(spec, controller=None))
 
     for step, batch in enumerate(batches):
         np.testing.assert_array_equal(batch[0], feed.batch(step))

@@ -22,8 +22,8 @@ from causalmix_pipeline.adapters.experiment import (
     spec_table,
     write_token_store,
 )
-from causalmix_pipeline.adapters.local_backend import _Feed
 from causalmix_pipeline.adapters.profiler import PoolSpec
+from causalmix_pipeline.adapters.run_feed import RunFeed
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.token_scores import CrossFittedModel, PoolLanguageModel
 from causalmix_pipeline.adapters.tokenizer import encode_texts
@@ -199,7 +199,7 @@ def kept(store: RunStore, spec: PoolSpec, first: pl.DataFrame, documents: pl.Dat
 def read_by(store: RunStore, experiment: SmallExperiment, tokens_hash: str, state: str):
     """The first tokens that a run reads of that state in that token store."""
     spec = replace(experiment.specs[0], tokens_hash=tokens_hash, state_hash=state)
-    return _Feed(store, spec).batch(0)
+    return RunFeed(store, spec).batch(0)
 
 
 def test_a_state_holds_its_documents_by_domain_as_often_as_drawn(scored, tmp_path):

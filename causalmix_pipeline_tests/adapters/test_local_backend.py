@@ -21,10 +21,10 @@ import pytest
 
 from causalmix_pipeline.adapters.local_backend import (
     LocalBackend,
-    _Feed,
     engine_name,
     train_stack_of_specs,
 )
+from causalmix_pipeline.adapters.run_feed import RunFeed
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.tokenizer import cut_windows
 from causalmix_pipeline.core.errors import ProxyError
@@ -147,7 +147,7 @@ def test_growing_the_design_leaves_exactly_the_new_runs_to_train(trained, tmp_pa
 
 def test_the_batches_of_a_run_have_exactly_the_shares_of_its_mixture(trained):
     for spec in trained.specs:
-        feed = _Feed(trained.store, spec)
+        feed = RunFeed(trained.store, spec)
         read = np.concatenate([feed.batch(step) for step in range(CONFIG.steps)])
         tokens_of = trained.store.token_store(spec.tokens_hash)
         domain_of = {}
@@ -167,7 +167,7 @@ def test_runs_of_one_state_read_a_domain_in_the_same_order(trained):
     n_code = len(trained.store.state(trained.specs[0].state_hash)[0])
     orders = []
     for spec in trained.specs:
-        feed = _Feed(trained.store, spec)
+        feed = RunFeed(trained.store, spec)
         # Slots below the smallest domain's: windows of the first domain.
         orders.append([slot for slot in feed.order.tolist() if slot < n_code])
 

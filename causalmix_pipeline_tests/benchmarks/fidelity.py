@@ -112,9 +112,9 @@ def bigram_nats(bench: Bench, spec: ProxySpec) -> float:
     Returns:
         Nats per token.
     """
-    from causalmix_pipeline.adapters.local_backend import _Feed
+    from causalmix_pipeline.adapters.run_feed import RunFeed
 
-    feed = _Feed(bench.store, spec)
+    feed = RunFeed(bench.store, spec)
     read = feed.windows[feed.order]  # (W, L + 1)
     pairs_VV = np.zeros((spec.config.vocab_size,) * 2)
     np.add.at(pairs_VV, (read[:, :-1].ravel(), read[:, 1:].ravel()), 1.0)
