@@ -1,7 +1,5 @@
 """`causalmix export` on a finished project: from stored assets, refreshing nothing."""
 
-import contextlib
-import io
 import json
 import re
 from pathlib import Path
@@ -11,23 +9,8 @@ import pytest
 import yaml
 
 from causalmix_pipeline.adapters.trainer_formats import FORMATS
-from causalmix_pipeline.cli import main
 from causalmix_pipeline.cli_export import one_line
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Commands look for settings where they are called."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "110")
-
-
-def call(*arguments: str) -> tuple[int, str]:
-    """Run a command in this process; its exit status and what it printed, on one line."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = main(list(arguments))
-    return status, " ".join(out.getvalue().split())
+from causalmix_pipeline_tests.test_cli import call, in_a_folder_of_its_own  # noqa: F401
 
 
 def state_of(folder: Path) -> dict[str, float]:

@@ -17,9 +17,9 @@ from causalmix_pipeline.core.controllers import (
     BlockSeen,
     MixtureController,
     ProbingConfig,
-    dial,
     softmax,
 )
+from causalmix_pipeline.core.proxy import dial
 
 #: Standardised entries of the state stay within this, as in the authors' code.
 MAX_STANDARD = 3.0

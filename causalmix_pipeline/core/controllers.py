@@ -14,14 +14,16 @@ block, not a step, is the unit of an update, and a domain without a share at the
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.mixture import check_mixture
+from causalmix_pipeline.core.proxy import dial
 
 #: Raise when the same settings would give other shares: it is part of a controlled run's name.
 CONTROL_VERSION = 2
@@ -117,13 +119,8 @@ class MixtureController(Protocol):
         ...
 
 
-def dial(default: Any, description: str) -> Any:
-    """A dataclass field whose metadata describes it."""
-    return field(default=default, metadata={"description": description})
-
-
 @dataclass(frozen=True)
-class ControllerConfig:
+class ControllerConfig(ABC):
     """Settings of a controller; the part of a run's spec that says who sets its mixture.
 
     Attributes:
@@ -141,13 +138,13 @@ class ControllerConfig:
         """Windows, or packed sequences, of each domain in a probe; 0 where none is asked for."""
         return 0
 
+    @abstractmethod
     def build(self, mixture_D: np.ndarray, *, seed: int) -> MixtureController:
         """The controller of a run that starts from a mixture without zeros."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self, steps: int) -> list[int]:
         """Finished steps at the end of each block of a run."""
-        raise NotImplementedError
 
     def start(self, mixture_D: np.ndarray) -> np.ndarray:
         """Positive for the domains that the controller may read; shape (D,)."""
@@ -161,7 +158,7 @@ class ControllerConfig:
     @classmethod
     def describe(cls) -> dict[str, str]:
         """What each setting is, by name."""
-        return {dial.name: dial.metadata["description"] for dial in fields(cls)}
+        return {each.name: each.metadata["description"] for each in fields(cls)}
 
     def _require(self, name: str, holds: bool, rule: str, way_out: str) -> None:
         """Raise the error of a setting that breaks its rule."""

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from causalmix_pipeline.core.proxy import Recipe, learning_rate_at
+from causalmix_pipeline.core.proxy import Recipe, dial, learning_rate_at
 
 #: Longest held-out window, in predicted tokens: longer ones would make the tasks' text too short.
 MAX_EVAL_LENGTH = 1024
 
 #: Fields that don't decide what a run gives, beyond rounding.
 NOT_IN_KEY = ("model", "micro_batch", "gradient_checkpointing", "checkpoint_steps")
-
-
-def _dial(default: Any, description: str) -> Any:
-    """A dataclass field whose metadata describes it; `...` has no default."""
-    return field(
-        default=MISSING if default is ... else default, metadata={"description": description}
-    )
 
 
 @dataclass(frozen=True)
@@ -31,32 +24,32 @@ class PretrainedConfig(Recipe):
         ConfigError: if a field breaks its rule.
     """
 
-    model: str = _dial(..., "Folder, GGUF file or hub id of a Hugging Face causal language model.")
-    weights_hash: str = _dial(..., "Names the content of its weights and tokenizer; 32 hex digits.")
-    tokens: int = _dial(..., "Tokens that a run reads, prompts included; >= sequence_length.")
-    method: Literal["full", "lora"] = _dial(
+    model: str = dial(..., "Folder, GGUF file or hub id of a Hugging Face causal language model.")
+    weights_hash: str = dial(..., "Names the content of its weights and tokenizer; 32 hex digits.")
+    tokens: int = dial(..., "Tokens that a run reads, prompts included; >= sequence_length.")
+    method: Literal["full", "lora"] = dial(
         "full", "full trains all weights, lora low-rank additions (arXiv 2106.09685)."
     )
-    sequence_length: int = _dial(2048, "Tokens of a packed sequence; >= 2.")
-    batch_sequences: int = _dial(16, "Sequences' worth of tokens of an optimiser step; >= 1.")
-    micro_batch: int = _dial(
+    sequence_length: int = dial(2048, "Tokens of a packed sequence; >= 2.")
+    batch_sequences: int = dial(16, "Sequences' worth of tokens of an optimiser step; >= 1.")
+    micro_batch: int = dial(
         1, "Sequences held at once, halved when memory runs out; more is faster on a GPU; >= 1."
     )
-    learning_rate: float = _dial(1e-5, "Peak learning rate of AdamW; 10 times more for lora; > 0.")
-    warmup_share: float = _dial(0.03, "Share of the steps in which the rate rises; in [0, 1).")
-    final_lr_share: float = _dial(0.1, "Last rate over the peak, end of the cosine; in [0, 1].")
-    weight_decay: float = _dial(0.0, "AdamW's decay, on matrices only; >= 0.")
-    betas: tuple[float, float] = _dial((0.9, 0.95), "AdamW's two decay rates; in [0, 1).")
-    grad_clip: float = _dial(1.0, "Largest norm of the gradient; > 0.")
-    lora_rank: int = _dial(16, "Rank of the additions of lora; >= 1.")
-    lora_alpha: float = _dial(32.0, "Scale of the additions of lora, times 1 / lora_rank; > 0.")
-    response_only: bool = _dial(True, "Whether prompts carry no loss.")
-    bf16: bool = _dial(True, "Compute in bfloat16; weights, gradients and optimiser stay fp32.")
-    gradient_checkpointing: bool = _dial(
+    learning_rate: float = dial(1e-5, "Peak learning rate of AdamW; 10 times more for lora; > 0.")
+    warmup_share: float = dial(0.03, "Share of the steps in which the rate rises; in [0, 1).")
+    final_lr_share: float = dial(0.1, "Last rate over the peak, end of the cosine; in [0, 1].")
+    weight_decay: float = dial(0.0, "AdamW's decay, on matrices only; >= 0.")
+    betas: tuple[float, float] = dial((0.9, 0.95), "AdamW's two decay rates; in [0, 1).")
+    grad_clip: float = dial(1.0, "Largest norm of the gradient; > 0.")
+    lora_rank: int = dial(16, "Rank of the additions of lora; >= 1.")
+    lora_alpha: float = dial(32.0, "Scale of the additions of lora, times 1 / lora_rank; > 0.")
+    response_only: bool = dial(True, "Whether prompts carry no loss.")
+    bf16: bool = dial(True, "Compute in bfloat16; weights, gradients and optimiser stay fp32.")
+    gradient_checkpointing: bool = dial(
         False, "Recompute activations instead of keeping them: less memory, a third slower."
     )
-    checkpoint_steps: int = _dial(200, "Optimiser steps between two checkpoints; >= 1.")
-    init_seed: int = _dial(0, "Seed of what is drawn when the model is set up; >= 0.")
+    checkpoint_steps: int = dial(200, "Optimiser steps between two checkpoints; >= 1.")
+    init_seed: int = dial(0, "Seed of what is drawn when the model is set up; >= 0.")
 
     def __post_init__(self) -> None:
         """Check each field, and the rules between fields."""

@@ -7,7 +7,7 @@ and values, embeddings tied to the output layer.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from causalmix_pipeline.core.errors import ConfigError
 DIVERGENCE_MARGIN = 1.0
 
 
-def _dial(default: Any, description: str) -> Any:
-    """A dataclass field whose metadata describes it."""
-    return field(default=default, metadata={"description": description})
+def dial(default: Any, description: str) -> Any:
+    """A dataclass field whose metadata describes it; `...` has no default."""
+    return field(
+        default=MISSING if default is ... else default, metadata={"description": description}
+    )
 
 
 def learning_rate_at(
@@ -96,23 +98,23 @@ class ProxyConfig(Recipe):
         ConfigError: if a field breaks its rule.
     """
 
-    hidden: int = _dial(32, "Width of the residual stream; a multiple of 2 x heads.")
-    layers: int = _dial(1, "Number of transformer layers; >= 1.")
-    heads: int = _dial(1, "Attention heads of a layer; hidden must divide by 2 x heads.")
-    vocab_size: int = _dial(1024, "Tokens of the vocabulary; token numbers stay below it.")
-    sequence_length: int = _dial(128, "Tokens that a model predicts in one window; >= 2.")
-    batch_size: int = _dial(4, "Windows of one step; >= 1.")
-    steps: int = _dial(1000, "Optimiser steps of a run; more for a lower loss; >= 1.")
-    learning_rate: float = _dial(0.02, "Peak learning rate of AdamW; scan it for each size; > 0.")
-    init_std: float = _dial(0.05, "Standard deviation of the first weights; scan it; > 0.")
-    weight_decay: float = _dial(0.05, "AdamW's decay, on matrices only; >= 0.")
-    warmup_share: float = _dial(0.1, "Share of the steps in which the rate rises; in [0, 1).")
-    final_lr_share: float = _dial(0.1, "Last rate over the peak, end of the cosine; in [0, 1].")
-    grad_clip: float = _dial(1.0, "Largest norm of a model's gradient; > 0.")
-    betas: tuple[float, float] = _dial((0.9, 0.95), "AdamW's two decay rates; in [0, 1).")
-    init_seed: int = _dial(0, "Seed of the first weights, the same for all runs of a design.")
-    rope_theta: float = _dial(10000.0, "Base of the rotary position frequencies; > 1.")
-    bf16: bool = _dial(False, "Round the inputs of matrix products to bfloat16; weights stay fp32.")
+    hidden: int = dial(32, "Width of the residual stream; a multiple of 2 x heads.")
+    layers: int = dial(1, "Number of transformer layers; >= 1.")
+    heads: int = dial(1, "Attention heads of a layer; hidden must divide by 2 x heads.")
+    vocab_size: int = dial(1024, "Tokens of the vocabulary; token numbers stay below it.")
+    sequence_length: int = dial(128, "Tokens that a model predicts in one window; >= 2.")
+    batch_size: int = dial(4, "Windows of one step; >= 1.")
+    steps: int = dial(1000, "Optimiser steps of a run; more for a lower loss; >= 1.")
+    learning_rate: float = dial(0.02, "Peak learning rate of AdamW; scan it for each size; > 0.")
+    init_std: float = dial(0.05, "Standard deviation of the first weights; scan it; > 0.")
+    weight_decay: float = dial(0.05, "AdamW's decay, on matrices only; >= 0.")
+    warmup_share: float = dial(0.1, "Share of the steps in which the rate rises; in [0, 1).")
+    final_lr_share: float = dial(0.1, "Last rate over the peak, end of the cosine; in [0, 1].")
+    grad_clip: float = dial(1.0, "Largest norm of a model's gradient; > 0.")
+    betas: tuple[float, float] = dial((0.9, 0.95), "AdamW's two decay rates; in [0, 1).")
+    init_seed: int = dial(0, "Seed of the first weights, the same for all runs of a design.")
+    rope_theta: float = dial(10000.0, "Base of the rotary position frequencies; > 1.")
+    bf16: bool = dial(False, "Round the inputs of matrix products to bfloat16; weights stay fp32.")
 
     def __post_init__(self) -> None:
         """Check each field, and the rules between fields."""
@@ -209,7 +211,7 @@ class ProxyConfig(Recipe):
     @classmethod
     def describe(cls) -> dict[str, str]:
         """What each field is, by name."""
-        return {dial.name: dial.metadata["description"] for dial in fields(cls)}
+        return {each.name: each.metadata["description"] for each in fields(cls)}
 
 
 @dataclass(frozen=True, eq=False)
