@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from causalmix_pipeline import cli_export, cli_history, cli_tables, cli_top_ups
+from causalmix_pipeline import cli_compare, cli_export, cli_history, cli_tables, cli_top_ups
 from causalmix_pipeline.cli_output import ConfigOption, new_console
 from causalmix_pipeline.core.errors import ConfigError, PoolError
 
@@ -329,11 +329,18 @@ def top_up_price(work, n_runs: int, of_pool: str = "") -> str:
     """A sentence on what a top-up costs."""
     from causalmix_pipeline.assets.design import specs_of
     from causalmix_pipeline.assets.plan import price_runs
+    from causalmix_pipeline.assets.sizes import top_up_config
     from causalmix_pipeline.console import hours_text
     from causalmix_pipeline.resources.project import Project
 
     project = Project(config_file=str(work.config_file.resolve()))
-    specs = specs_of(project, work.value("mixture_design"))
+    design = work.value("mixture_design")
+    config = top_up_config(project.settings, design)
+    specs = [
+        spec
+        for spec, own in zip(specs_of(project, design), design["config"], strict=True)
+        if own == config
+    ]
     with work.quiet_log():
         found = price_runs(project, specs, n_runs)
     cost = "" if found["cost"] is None else f", {found['cost']:,.2f} {escape(found['currency'])}"
@@ -530,6 +537,7 @@ def doctor(
 
 cli_tables.register(app)
 cli_top_ups.register(app)
+cli_compare.register(app)
 cli_history.register(app)
 cli_export.register(app)
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from causalmix_pipeline.cli_output import (
+    ConfigOption,
     CovariatesOption,
     ModelOption,
     OutOption,
@@ -133,8 +134,12 @@ ConstraintsOption = Annotated[
 
 
 def recommend(
-    model: ModelOption,
-    out: OutOption,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Folder that `causalmix fit` wrote.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="CSV, or Parquet if it ends so.")
+    ] = None,
     pools: PoolsOption = None,
     policy: Annotated[
         str, typer.Option(help="optimum, or the paper's search or analytical.")
@@ -144,8 +149,34 @@ def recommend(
     slack: Annotated[
         Path | None, typer.Option(help="File for the slack of each pool's constraints.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a model, in a project with design.stages: domain,fraction,loss,slope,"
+            "tokens of a running training (CSV or JSON), for the mixture of its next stage."
+        ),
+    ] = None,
+    live: Annotated[
+        str | None, typer.Option(help="With --checkpoint: name of one of several live pools.")
+    ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Recommend a mixture for each pool, with its gain, a 90% interval, and a verdict."""
+    if checkpoint is not None:
+        if model is not None or pools is not None:
+            raise ConfigError(
+                f"--checkpoint {checkpoint} is of a project, and goes without --model and --pools, "
+                f"got {model or pools}: drop one of them."
+            )
+        from causalmix_pipeline.cli_next_stage import recommend_next_stage
+
+        recommend_next_stage(checkpoint, live, config, out)
+        return
+    if model is None or out is None:
+        raise ConfigError(
+            "recommend needs --model and --out, or --checkpoint in a project, got "
+            f"{'--out alone' if out else '--model alone' if model else 'neither'}: name them."
+        )
     check_outputs([out, slack], [model, pools, constraints, reference])
     from causalmix_pipeline import tables
 

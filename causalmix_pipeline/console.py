@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from causalmix_pipeline.automation.staleness import EventHandler
+from causalmix_pipeline.core.scale import size_sentence, size_words
 from causalmix_pipeline.resources.progress import PROGRESS_PREFIX
 
 #: What each verdict means, in a sentence.
@@ -195,10 +196,13 @@ def print_verdict(console: Console, recommended: Mapping) -> None:
     """The overlap verdict, in words and in its colour."""
     verdict, score = recommended["verdict"], recommended["overlap_score"]
     distance = "" if score is None else f" Distance {score:.2f}; supported up to 1."
+    size = recommended.get("size")
+    words = size_words(verdict, size) or VERDICT_WORDS[verdict]
     console.print(
-        f"Overlap verdict: [bold {VERDICT_COLOURS[verdict]}]{verdict}[/]: "
-        f"{VERDICT_WORDS[verdict]}.{distance}"
+        f"Overlap verdict: [bold {VERDICT_COLOURS[verdict]}]{verdict}[/]: {words}.{distance}"
     )
+    if size:
+        console.print(size_sentence(size))
 
 
 def print_gain(console: Console, recommended: Mapping) -> None:
@@ -297,6 +301,35 @@ def plan_table(price: Mapping, limits: Mapping, free_bytes: float | None) -> Tab
     table.add_row("  budget", limits_text(limits, price["currency"]))
     table.add_row("  known how", escape(price["measured"]))
     return table
+
+
+def rivals_table(rows: Sequence[Mapping], base: str) -> Table:
+    """What each rival gained at one size, ours over it, and what it cost with its search.
+
+    Args:
+        rows: of one size, as `core.rival_gains.rival_table` has them.
+        base: whom gains are measured from.
+    """
+    columns = ["rival", f"gain over {base}", "ahead", "ours more by", "FLOPs", "tokens searched"]
+    table = new_table(columns, left=["rival"])
+    for row in rows:
+        searched = row["search_tokens"] + row["state_search_tokens"]
+        table.add_row(
+            escape(row["entrant"]),
+            "0" if row["entrant"] == base else with_se(row["gain"], row["se"]),
+            "" if row["entrant"] == base else f"{row['ahead']} of {row['states']}",
+            "" if row["ours"] is None else with_se(row["ours"], row["ours_se"]),
+            f"{row['total_flops']:.1e}",
+            count_text(searched) if searched else "none",
+        )
+    return table
+
+
+def with_se(value: float | None, se: float | None) -> str:
+    """A number with its standard error."""
+    if value is None:
+        return "unknown"
+    return f"{value:+.4f}" if se is None else f"{value:+.4f} ± {se:.4f}"
 
 
 def limits_text(limits: Mapping, currency: str) -> str:

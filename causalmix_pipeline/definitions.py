@@ -14,6 +14,9 @@ from causalmix_pipeline.assets import (
     proxy,
     recommendation,
     report,
+    rivals,
+    sizes,
+    stages,
     top_ups,
     training_export,
     validation,
@@ -31,6 +34,7 @@ from causalmix_pipeline.automation.imported_tables import (
 from causalmix_pipeline.automation.jobs import (
     adopt_experiment_pool,
     choose_covariates_job,
+    compare_job,
     experiment_job,
     make_refresh_schedule,
     refresh_job,
@@ -64,9 +68,11 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         interpretation,
         recommendation,
         report,
+        rivals,
         top_ups,
         training_export,
         validation,
+        *([stages] if settings.design.stages > 1 else []),
     ]
     assets = [
         with_partitions(
@@ -93,11 +99,13 @@ def build_definitions(config_file: Path, settings: Settings | None = None) -> dg
         asset_checks=[
             *dg.load_asset_checks_from_modules(modules, settings.project),
             proxy.make_unigram_check(settings),
+            *sizes.make_size_checks(settings),
         ],
         jobs=[
             experiment_job,
             refresh_job,
             validate_job,
+            compare_job,
             top_up_job,
             choose_covariates_job,
             adopt_experiment_pool,

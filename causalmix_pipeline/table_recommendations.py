@@ -188,7 +188,7 @@ def _choice(
         mixture_D, moved = constraints.nearest_reference(runs.domains)
         slack = constraints.slack(mixture_D, runs.domains)
         return _Choice(name, mixture_D, None if moved else 0.0, math.nan, verdict, slack, None)
-    constraints = constraints.doubted(reach.doubt, runs.domains)
+    constraints = constraints.doubted(reach.pool_doubt, runs.domains)
     found = _apply(model, asked, reach.edge_DP, constraints, policy, in_full)
     se = found.gain_se * reach.doubt
     return _Choice(name, found.mixture_D, found.gain, se, verdict, found.slack, found)
@@ -307,7 +307,7 @@ def pareto(
         reach.edge_DP,
         first,
         second,
-        kept[m].doubted(reach.doubt, model.runs.domains),
+        kept[m].doubted(reach.pool_doubt, model.runs.domains),
         domains=model.runs.domains,
         tasks=asked.tasks,
         confidence_z=CONFIDENCE_Z,

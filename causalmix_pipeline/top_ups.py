@@ -62,7 +62,7 @@ def plan_top_up(
     )
     rows: list[tuple] = []
     for m, pool in enumerate(names):
-        if reach_of(runs, state_MDP[m]).verdict != "supported":
+        if reach_of(runs, state_MDP[m]).pool_verdict != "supported":
             tokens_D = None if tokens_MD is None else tokens_MD[m]
             rows += _planned(model, pool, n_runs, tokens_D, seed)
     domains = dict.fromkeys(runs.domains, pl.Float64)

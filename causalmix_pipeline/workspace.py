@@ -39,7 +39,7 @@ from causalmix_pipeline.resources.settings_file import config_path, load_setting
 DEMO_CONFIG = Path("data/demo.yaml")
 
 #: Assets that are made only when a person asks for them by name.
-ON_REQUEST = ("validation_runs", "covariate_choice")
+ON_REQUEST = ("validation_runs", "covariate_choice", "rivals")
 
 
 def find_config(given: Path | None) -> Path:

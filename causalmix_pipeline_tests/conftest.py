@@ -121,7 +121,7 @@ def finished_project(tmp_path_factory) -> Path:
 
     18 proxy runs of 30 steps: plumbing, no claim about signal.
     """
-    from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, VALIDATION
+    from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, RIVALS, VALIDATION
     from causalmix_pipeline.automation.staleness import refresh
     from causalmix_pipeline.definitions import build_definitions
     from causalmix_pipeline.resources.instance import ensure_instance
@@ -134,7 +134,7 @@ def finished_project(tmp_path_factory) -> Path:
     with ensure_instance(settings.data_path) as instance:
         observe_pool(instance, settings, EXPERIMENT_POOL)
         observe_pool(instance, settings, LIVE_POOL)
-        wanted = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE
+        wanted = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE - RIVALS
         refresh(build_definitions(config), instance, wanted)
     return root
 

@@ -37,6 +37,7 @@ ASSET_KEYS = {
     "training_export",
     "report",
     "validation_runs",
+    "rivals",
 }
 CHECK_NAMES = {
     "enough_documents",
@@ -122,6 +123,7 @@ def test_the_jobs_sensors_and_the_schedule_are_there(definitions):
         "experiment",
         "refresh",
         "validate",
+        "compare",
         "top_up",
         "choose_covariates",
         "adopt_experiment_pool",

@@ -43,7 +43,7 @@ def test_every_setting_is_described(section):
 
 
 def test_every_section_of_the_settings_is_found():
-    assert len(sections(Settings)) == 18
+    assert len(sections(Settings)) == 20
 
 
 def test_every_field_of_the_resources_is_described():

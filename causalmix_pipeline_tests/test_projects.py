@@ -123,7 +123,7 @@ def test_everything_of_a_named_project_is_below_its_name(alpha):
     with open_workspace(alpha, Console(file=io.StringIO())) as work:
         keys = work.instance.all_asset_keys()
         assert {key.path[0] for key in keys} == {"alpha"}
-        on_request = {"validation_runs", "covariate_choice"}
+        on_request = {"validation_runs", "covariate_choice", "rivals"}
         assert {key.path[-1] for key in keys} == ASSET_KEYS - on_request
         assert work.value("recommended_mixture")["verdict"]
         assert work.pool_row(None)["state"] == "up to date"

@@ -15,6 +15,7 @@ from causalmix_pipeline_tests.small_tables import (
     METRICS,
     POOLS,
     RATIOS,
+    RUNS,
     STATES,
     TOKENS,
     ridge_model,
@@ -230,3 +231,22 @@ def test_an_estimator_without_errors_promises_no_interval():
 
     assert found.select("gain_lower", "gain_upper").row(0) == (None, None)
     assert found["gain"][0] > 0
+
+
+def test_a_covariate_log2_parameters_is_the_size_of_the_model_and_none_of_the_pool():
+    """Runs of two sizes: the pool's own size is asked for, and doubted beyond them."""
+
+    def sized(frame, sizes):
+        columns = {f"{d}__log2_parameters": pl.Series(sizes, dtype=pl.Float64) for d in DOMAINS}
+        return frame.with_columns(**columns)
+
+    sizes = np.where(np.unique(RUNS.state_ids, return_inverse=True)[1] % 2 == 0, 20, 22)
+    model = fit(RATIOS, METRICS, sized(COVARIATES, sizes), estimator="structured_ridge")
+    within, beyond = (recommend(model, sized(POOLS, [size] * 5)) for size in (21, 26))
+
+    alone = [reach_of(ridge_model().runs, state_DP).score for state_DP in STATES]
+    assert [reach_of(model.runs, np.column_stack([s, [26] * 3])).score for s in STATES] == alone
+    assert set(within["verdict"]) == {"supported"}
+    assert set(beyond["verdict"]) == {"extrapolating"}
+    width = [(f["gain_upper"] - f["gain_lower"]).mean() for f in (within, beyond)]
+    assert width[1] > 2 * width[0]

@@ -8,6 +8,7 @@ from causalmix_pipeline.adapters.lightgbm_surface import LightGBMSurface
 from causalmix_pipeline.adapters.log_linear import LogLinear
 from causalmix_pipeline.core import baselines
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.scale import on_one_level
 
 
 def make_baselines(
@@ -32,6 +33,7 @@ def make_baselines(
         `equal`, `natural` and `fixed` where given, `grid`, `regmix`, `log_linear`, and `dmo` where
         each domain has a task of its name, one of them with a weight.
     """
+    runs = on_one_level(runs)  # they see mixtures alone, not that a larger proxy loses less
     equal_D = baselines.equal(len(runs.domains))
     mixtures = {"equal": equal_D}
     if natural_D is not None:

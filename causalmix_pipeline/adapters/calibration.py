@@ -83,13 +83,15 @@ def calibrate(
 
     Args:
         backend: what will train the real thing.
-        specs: some of the real thing's runs, one at least; repeated where more are needed.
+        specs: some of the real thing's runs, one at least; repeated where more are needed, and
+            trained without their controllers, whose blocks aren't the trial's.
         n_workers: stacks that are trained at once.
         runs_per_stack: runs that a worker trains together.
         folder: where the trial's records go; removed afterwards.
         flops: floating-point operations of one run.
     """
     config = specs[0].config
+    specs = [replace(spec, controller=None) for spec in specs]
     if isinstance(config, PretrainedConfig):
         rate = USED_SHARE * backend.ask(partial(matrix_rate, bf16=config.bf16))
         steps = min(PRETRAINED_STEPS, config.steps)
@@ -104,7 +106,7 @@ def calibrate(
     # A worker on another machine has a folder of its own, which nobody empties.
     store = CalibrationStore(folder / uuid.uuid4().hex, source=backend.store)
     try:
-        return trial.run(replace(backend, store=store))
+        return trial.run(replace(backend, store=store, models_per_stack=runs_per_stack))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

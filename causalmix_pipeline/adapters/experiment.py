@@ -39,6 +39,7 @@ from causalmix_pipeline.adapters.tokenizer import (
     train_tokenizer,
     vocab_size_of,
 )
+from causalmix_pipeline.core.controllers import Schedule
 from causalmix_pipeline.core.covariates import (
     SAMPLE_BYTES,
     SAMPLE_CHARS,
@@ -64,6 +65,9 @@ from causalmix_pipeline.core.tasks import Direction, HarnessTask, QuestionText, 
 
 #: Evaluation windows of a task, spread evenly over its text.
 MAX_EVAL_WINDOWS = 64
+
+#: Windows or sequences of each domain whose loss is measured after each stage of a run.
+STAGE_PROBE_WINDOWS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,6 +487,7 @@ def make_specs(
     """The spec of each proxy run of a design, trained on a kind of device."""
     name = engine_name if isinstance(config, ProxyConfig) else pretrained_engine_name
     engine = name(device)
+    controllers = stage_controllers(design)
     return [
         ProxySpec(
             state_hash=state_hashes[int(state)],
@@ -492,10 +497,25 @@ def make_specs(
             data_seed=int(seed),
             config=config,
             engine=engine,
+            controller=controller,
         )
-        for state, mixture_D, seed in zip(
-            design.state_N, design.mixture_ND, design.data_seed_N, strict=True
+        for state, mixture_D, seed, controller in zip(
+            design.state_N, design.mixture_ND, design.data_seed_N, controllers, strict=True
         )
+    ]
+
+
+def stage_controllers(design: Design) -> list[Schedule] | list[None]:
+    """The schedule of each run of a design, its stages probed; None where it has no stages."""
+    if design.stage_mixture_NSD is None:
+        return [None] * len(design.state_N)
+    part = 1 / design.stage_mixture_NSD.shape[1]
+    return [
+        Schedule(
+            stages=tuple((part, tuple(mixture_D.round(12).tolist())) for mixture_D in mixture_SD),
+            probe_windows=STAGE_PROBE_WINDOWS,
+        )
+        for mixture_SD in design.stage_mixture_NSD
     ]
 
 
@@ -562,6 +582,18 @@ def spec_table(specs: Sequence[ProxySpec], design: Design, domains: Sequence[str
             "cell": design.cell_N,
             "data_seed": design.data_seed_N,
             **{f"share__{d}": design.mixture_ND[:, i] for i, d in enumerate(domains)},
+            **_stage_columns(design, domains),
             "config": [json.dumps(spec.config.to_dict(), sort_keys=True) for spec in specs],
         }
     )
+
+
+def _stage_columns(design: Design, domains: Sequence[str]) -> dict[str, np.ndarray]:
+    """Shares of each stage, counted from 1; no column where a run has no stages."""
+    if design.stage_mixture_NSD is None:
+        return {}
+    return {
+        f"stage{stage + 1}__share__{domain}": design.stage_mixture_NSD[:, stage, d]
+        for stage in range(design.stage_mixture_NSD.shape[1])
+        for d, domain in enumerate(domains)
+    }

@@ -137,7 +137,7 @@ class ResponseSurface:
         points = _Points(
             np.sqrt(np.clip(runs.mixture_ND, 0, None)),
             self._scaler.transform(runs.state_NDP),
-            runs.state_ids,
+            runs.groups,
         )
         self._is_loss_T = np.asarray((runs.outcome_NT < 0).all(axis=0))
         latent_NT = _to_latent(runs.outcome_NT, self._is_loss_T)

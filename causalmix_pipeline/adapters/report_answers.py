@@ -20,6 +20,7 @@ from causalmix_pipeline.adapters.page_parts import (
     signed_text,
 )
 from causalmix_pipeline.adapters.report_data import ReportData
+from causalmix_pipeline.core.scale import size_sentence, size_words
 
 #: What each verdict means, in a few words.
 VERDICT_WORDS = {
@@ -94,14 +95,16 @@ def _better(data: ReportData, gain: Mapping[str, Any]) -> Sentence:
 
 
 def _sure(data: ReportData, gain: Mapping[str, Any]) -> Sentence:
-    word = f"{data.verdict.capitalize()}: {VERDICT_WORDS[data.verdict]}."
+    words = size_words(data.verdict, data.size) or VERDICT_WORDS[data.verdict]
+    word = f"{data.verdict.capitalize()}: {words}."
     if data.verdict == "unsupported":
         return (word,)
     if data.is_reference:
         return (f"{word} The reference mixture itself has no gain to doubt.",)
     if not (is_known(gain["low"]) and is_known(gain["high"])):
         return (f"{word} This estimator gives no interval.",)
-    return (f"{word} 90% interval {_ends(data, gain['low'], gain['high'])}.",)
+    size = f" {size_sentence(data.size)}" if data.size else ""
+    return (f"{word} 90% interval {_ends(data, gain['low'], gain['high'])}.{size}",)
 
 
 def _ends(data: ReportData, low: float, high: float) -> str:

@@ -93,6 +93,8 @@ class ReportData:
         what_if: mixtures for other task weights; None leaves them out.
         unconstrained_gain: gain of the mixture without limits; None if unknown.
         learning_curve: rows `n_runs`, `part` of the runs there are, `r2`, `r2_se`.
+        size: how far the size of the model is from the proxies', as `recommended_mixture` has it;
+            None where proxies have one size.
         history: a row per recommendation of this pool, oldest first: `made_at`, `verdict`, `gain`,
             `low`, `high`, `realised`, `realised_se`; None or empty leaves it out.
     """
@@ -123,6 +125,7 @@ class ReportData:
     unconstrained_gain: float | None = None
     learning_curve: tuple[Mapping[str, Any], ...] = ()
     history: pl.DataFrame | None = None
+    size: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check names, lengths and columns: a wrong one is a bug of the caller."""

@@ -39,6 +39,7 @@ from causalmix_pipeline.adapters.report_answers import (
 )
 from causalmix_pipeline.adapters.report_data import VERDICTS, ReportData
 from causalmix_pipeline.adapters.what_if_html import what_if_view
+from causalmix_pipeline.core.scale import size_sentence, size_words
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -96,7 +97,7 @@ def render_report(data: ReportData) -> str:
         "script": script,
         "heading": heading_of(data),
         "answered": answers_of(data),
-        "explained": VERDICTS[data.verdict],
+        "explained": _explained(data),
         "first": _first_rows(shares),
         "first_series": [s for s in series if s["key"] in FIRST_SERIES],
         "n_on_phone": FIRST_ON_PHONE,
@@ -197,6 +198,13 @@ def _share_rows(data: ReportData) -> list[dict[str, Any]]:
         }
         for d in order
     ]
+
+
+def _explained(data: ReportData) -> str:
+    """What the verdict means, and for what size of model."""
+    words = size_words(data.verdict, data.size)
+    explained = VERDICTS[data.verdict] if words is None else f"{words[0].upper()}{words[1:]}."
+    return f"{explained} {size_sentence(data.size)}" if data.size else explained
 
 
 def _first_rows(shares: list[dict[str, Any]]) -> list[dict[str, Any]]:

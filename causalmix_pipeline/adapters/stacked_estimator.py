@@ -206,7 +206,7 @@ def stack_weights(runs: RunTable, out_of_fold: Mapping[str, np.ndarray]) -> Weig
     names = list(out_of_fold)
     error_KNT = np.stack([runs.outcome_NT - out_of_fold[name] for name in names])
     if has_contrasts(runs):
-        error_KNT = np.stack([center_by_state(error_NT, runs.state_ids) for error_NT in error_KNT])
+        error_KNT = np.stack([center_by_state(error_NT, runs.groups) for error_NT in error_KNT])
     return {
         task: {
             name: float(weight)

@@ -57,7 +57,7 @@ class StructuredRidge:
         centered_NT = runs.outcome_NT - self._outcome_mean_T
         settings = self._settings(len(runs.domains), len(runs.covariates))
         if parameters is None:
-            self._chosen = _choose(settings, centered_NF, centered_NT, runs.state_ids)
+            self._chosen = _choose(settings, centered_NF, centered_NT, runs.groups)
         else:
             self._chosen = [(int(g), float(p)) for g, p in parameters["chosen"]]
         self._solve(settings, centered_NF, centered_NT)

@@ -7,6 +7,7 @@ import polars as pl
 
 from causalmix_pipeline.core.covariates import LANGUAGE_PREFIX, base_of
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.scale import SIZE_COVARIATE
 from causalmix_pipeline.resources.asset_keys import asset_key
 from causalmix_pipeline.resources.settings import Settings
 
@@ -49,6 +50,8 @@ def live_covariates_lineage(
     for name in covariates.columns:
         if name in _OF_DOMAIN:
             names = _OF_DOMAIN[name]
+        elif name == SIZE_COVARIATE:  # of the model, not of the pool
+            names = ()
         elif name.startswith(LANGUAGE_PREFIX):
             names = ("language",)
         else:
@@ -70,6 +73,8 @@ def run_table_lineage(
         deps[f"share__{domain}"] = [("mixture_design", f"share__{domain}")]
         for name in runs.covariates:
             deps[f"state__{domain}__{name}"] = [("pool_states", name), ("pool_states", "domain")]
+            if name == SIZE_COVARIATE:
+                deps[f"state__{domain}__{name}"] = [("mixture_design", "config")]
     for task in runs.tasks:
         names = (f"{kind}__{task}" for kind in ("bits_per_byte", "score"))
         deps[f"outcome__{task}"] = [("proxy_runs", n) for n in names if n in proxy_runs.columns]

@@ -1,5 +1,6 @@
 """What the experiment trains: tasks, pool states, mixtures, and what that costs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from causalmix_pipeline.assets.pictures import (
     strips_plot,
     svg_picture,
 )
+from causalmix_pipeline.assets.sizes import at_sizes
 from causalmix_pipeline.core.covariates import QUANTILES, measure_covariates
 from causalmix_pipeline.core.design import Design, make_design
 from causalmix_pipeline.core.errors import ConfigError, PoolError
@@ -412,12 +414,23 @@ def state_values(states: pl.DataFrame, n_domains: int, covariates: Sequence[str]
 def design_of(mixture_design: pl.DataFrame) -> Design:
     """The design as arrays, from its table."""
     shares = [name for name in mixture_design.columns if name.startswith("share__")]
+    staged = [name for name in mixture_design.columns if _STAGE_SHARE.match(name)]
+    n_stages = len(staged) // len(shares)
     return Design(
         state_N=mixture_design["state_id"].to_numpy(),
         mixture_ND=mixture_design.select(shares).to_numpy(),
         data_seed_N=mixture_design["data_seed"].to_numpy(),
         cell_N=mixture_design["cell"].to_numpy(),
+        stage_mixture_NSD=mixture_design.select(staged)
+        .to_numpy()
+        .reshape(-1, n_stages, len(shares))
+        if staged
+        else None,
     )
+
+
+#: A column with the share of a domain in a stage; none where a run has one mixture.
+_STAGE_SHARE = re.compile(r"stage\d+__share__")
 
 
 def domains_of(mixture_design: pl.DataFrame) -> list[str]:
@@ -494,6 +507,7 @@ def specs_of(project: Project, mixture_design: pl.DataFrame) -> list[ProxySpec]:
         config=config,
         device=project.device,
     )
+    specs = at_sizes(project.settings, specs, mixture_design["state_id"].to_numpy())
     if [spec.key for spec in specs] != mixture_design["proxy_run_id"].to_list():
         raise ConfigError(
             "proxy settings or the training engine changed since mixture_design was made: "
@@ -546,6 +560,7 @@ def mixture_design(
         config=config,
         device=project.device,
     )
+    specs = at_sizes(project.settings, specs, design.state_N)
     frame = spec_table(specs, design, domains).with_columns(
         tokens_hash=pl.lit(tokens_hash), eval_hash=pl.lit(eval_hash)
     )
@@ -557,6 +572,7 @@ def mixture_design(
             "proxy runs": float(len(specs)),
             "distinct pairs": float(plan.n_runs),
             "pool states": float(len(hashes)),
+            **({"stages a run": float(plan.stages)} if plan.stages > 1 else {}),
             "engine": specs[0].engine,
             "shares": markdown_table(share_reach(design, domains)),
             "shares of all runs": svg_picture(

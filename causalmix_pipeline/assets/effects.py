@@ -20,6 +20,7 @@ from causalmix_pipeline.assets.checks_metadata import check_rows, power_metadata
 from causalmix_pipeline.assets.design import STATE_COLUMNS, design_of, domains_of, state_values
 from causalmix_pipeline.assets.pictures import markdown_table, number
 from causalmix_pipeline.assets.proxy import records_of
+from causalmix_pipeline.assets.sizes import with_sizes
 from causalmix_pipeline.assets.small_pictures import Fit, fit_picture
 from causalmix_pipeline.core.belief import OBSERVATIONAL_R2, confounding, noise_floor, placebo
 from causalmix_pipeline.core.covariate_choice import choose_covariates
@@ -29,6 +30,7 @@ from causalmix_pipeline.core.gain_calibration import read_calibration
 from causalmix_pipeline.core.power import Experiment, power_table
 from causalmix_pipeline.core.robustness import best_of_runs, robustness
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.scale import SIZE_COVARIATE, on_one_level
 from causalmix_pipeline.resources.frame_store import VALUES
 from causalmix_pipeline.resources.progress import progress_teller
 from causalmix_pipeline.resources.project import Project
@@ -178,7 +180,7 @@ def effect_beliefs(runs: RunTable, cate_model: Mapping, weights: Mapping[str, fl
     left_out_NT = np.column_stack([cate_model["out_of_fold"][task] for task in runs.tasks])
     more = more_runs(runs, weights_T, parameters, seed)
     return {
-        "falsification": frame_rows(run_trials(runs, weights_T, left_out_NT, seed)),
+        "falsification": frame_rows(run_trials(on_one_level(runs), weights_T, left_out_NT, seed)),
         "robustness": _robustness(runs, cate_model, weights_T),
         "learning_curve": {
             "estimator": None if more is None else more.estimator,
@@ -280,10 +282,13 @@ def covariate_choice(
     names = [name for name in pool_states.columns if name not in STATE_COLUMNS]
     finite = pool_states.select(pl.col(names).is_finite().fill_null(False).all())
     names = [name for name in names if finite[name][0]]
+    values_MDP = state_values(pool_states, len(domains), names)
+    if project.settings.proxy.sizes:
+        names = [*names, SIZE_COVARIATE]
     runs = collect_runs(
         records_of(proxy_runs, eval_tasks["tasks"]),
         design_of(mixture_design),
-        state_values(pool_states, len(domains), names),
+        with_sizes(project.settings, values_MDP, mixture_design),
         domains=domains,
         covariates=names,
         tasks=eval_tasks["tasks"],
@@ -293,7 +298,7 @@ def covariate_choice(
     tell = progress_teller(context.log.info)
     seed = project.settings.seed
     choice = choose_covariates(
-        runs.select_tasks([task for task in runs.tasks if task in wanted]),
+        on_one_level(runs).select_tasks([task for task in runs.tasks if task in wanted]),
         lambda: make_estimator(CHOICE_ESTIMATOR, seed),
         seed=seed,
         on_progress=lambda done, total: tell("subsets tried, at most", done, total),

@@ -101,7 +101,7 @@ def read_source(
         ratios,
         _with_task_names(metrics, entry, field),
         covariates,
-        (domains, settings.covariates, list(directions)),
+        (domains, settings.run_covariates, list(directions)),
         np.array([-1.0 if way == "minimize" else 1.0 for way in directions.values()]),
     )
     if found.runs.n_runs < MINIMUM_RUNS:

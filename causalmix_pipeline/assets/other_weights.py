@@ -46,7 +46,7 @@ def other_weights(
     reach = reach_of(runs, live_covariates.select(runs.covariates).to_numpy())
     reference_D = np.array(recommended["mixtures"]["reference"])
     constraints = constraints_of(settings, live_covariates, reference_D)
-    constraints = constraints.doubted(reach.doubt, domains)
+    constraints = constraints.doubted(reach.pool_doubt, domains)
     points_WT = weight_points(weights_T, len(domains))
     ever = dict(zip(runs.tasks, points_WT.max(axis=0).tolist(), strict=True))
     parameters = cate_model["parameters"]

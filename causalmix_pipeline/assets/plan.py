@@ -20,10 +20,19 @@ from causalmix_pipeline.adapters.sealed_frames import content_digest
 from causalmix_pipeline.assets.design import design_of, domains_of, specs_of, state_values
 from causalmix_pipeline.assets.pictures import number
 from causalmix_pipeline.core.belief import noise_floor
+from causalmix_pipeline.core.controller_tuning import run_cost
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.power import Experiment, power_table
 from causalmix_pipeline.core.pretrained import PretrainedConfig
-from causalmix_pipeline.core.price import Calibration, Rates, Workload, over_budget, price
+from causalmix_pipeline.core.price import (
+    Calibration,
+    Rates,
+    Workload,
+    over_budget,
+    price,
+    scaled,
+    total,
+)
 from causalmix_pipeline.core.proxy_runs import ProxySpec
 from causalmix_pipeline.resources.frame_store import VALUES
 from causalmix_pipeline.resources.project import Project, visible_gpus
@@ -57,7 +66,8 @@ def workload_of(project: Project, specs: Sequence[ProxySpec], n_pending: int) ->
             **common,
             flops=config.flops,
             n_parameters=config.n_parameters,
-            runs_per_stack=backend.stack_size(config, n_pending or 1),
+            # What a controlled run reads depends on its own losses: it's trained by itself.
+            runs_per_stack=1 if specs[0].controller else backend.stack_size(config, n_pending or 1),
         )
     facts = describe_model(config.model)
     trained = facts.n_parameters
@@ -146,8 +156,30 @@ def price_runs(
         specs: the runs.
         n_pending: how many such runs are to train; None counts those without a record.
     """
-    if n_pending is None:
-        n_pending = len(project.run_store.missing(specs))
+    if n_pending is not None:
+        return price_alike(project, alike(specs)[0], n_pending)
+    pending = {spec.key for spec in project.run_store.missing(specs)}
+    prices = []
+    for group in alike(specs):
+        todo = {spec.key: spec for spec in group if spec.key in pending}
+        costs = [
+            run_cost(spec.controller, spec.config, len(spec.mixture)) for spec in todo.values()
+        ]
+        mean_cost = sum(costs) / max(len(costs), 1)
+        prices.append(scaled(price_alike(project, group, len(todo)), mean_cost or 1.0))
+    return total(prices)
+
+
+def alike(specs: Sequence[ProxySpec]) -> list[list[ProxySpec]]:
+    """The specs by what decides a run's time: its configuration, and whether it's controlled."""
+    groups: dict[tuple, list[ProxySpec]] = {}
+    for spec in specs:
+        groups.setdefault((spec.config, spec.controller is not None), []).append(spec)
+    return list(groups.values())
+
+
+def price_alike(project: Project, specs: Sequence[ProxySpec], n_pending: int) -> dict[str, Any]:
+    """What so many runs of one kind cost; a controlled run without its probes and its reference."""
     workload = workload_of(project, specs, n_pending)
     budget = project.settings.budget
     rates = Rates(budget.price_per_gpu_hour, budget.price_per_core_hour, budget.currency)
@@ -195,7 +227,7 @@ def budget_message(breaches: Sequence[str]) -> str:
     return (
         f"{'; '.join(breaches)}: train fewer or smaller runs (design.n_runs, proxy.preset), raise "
         "the limit, or agree to this once: `causalmix refresh --train --over-budget` (a top-up: "
-        "`--top-up` for `--train`), in the UI a "
+        "`--top-up` for `--train`; rivals: `causalmix compare --over-budget`), in the UI a "
         f"run with the tag {OVER_BUDGET_TAG}: yes."
     )
 

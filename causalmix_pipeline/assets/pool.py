@@ -36,6 +36,7 @@ from causalmix_pipeline.assets.pictures import (
     number,
     svg_picture,
 )
+from causalmix_pipeline.assets.sizes import with_target
 from causalmix_pipeline.core.covariates import (
     Normaliser,
     covariates_of,
@@ -361,6 +362,7 @@ def live_covariates(
     names = list(dict.fromkeys([*covariates_of(live_documents), *wanted]))
     values_DP = measure_covariates(live_documents, domains, names)
     frame = describe_domains(live_documents, domains).hstack(pl.DataFrame(values_DP, schema=names))
+    frame = with_target(project.settings, frame)
     missing = [name for name in wanted if not np.isfinite(frame[name].to_numpy()).all()]
     shown = ["documents", "tokens", "natural_share", *wanted]
     return dg.MaterializeResult(

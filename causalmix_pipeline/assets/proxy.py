@@ -19,6 +19,7 @@ from causalmix_pipeline.assets.pictures import (
     svg_picture,
 )
 from causalmix_pipeline.assets.plan import refuse_over_budget
+from causalmix_pipeline.assets.sizes import with_sizes
 from causalmix_pipeline.core.errors import ProxyError
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.resources.asset_keys import asset_key
@@ -371,16 +372,18 @@ def run_table(
 
     What every effect estimator is fitted on. Outcomes are minus bits per byte of held-out text, or
     the score on questions, so larger is better; runs that diverged or lack one are left out.
-    Imported runs come after the own ones, each source on the level of these. Stale when proxy
-    runs, imported runs or the list of covariates change.
+    Imported runs come after the own ones, each source on the level of these. Where proxies have
+    several sizes, log2_parameters is a covariate. Stale when proxy runs, imported runs or the list
+    of covariates change.
     """
     domains = domains_of(mixture_design)
+    values_MDP = state_values(pool_states, len(domains), project.settings.covariates)
     runs = collect_runs(
         records_of(proxy_runs, eval_tasks["tasks"]),
         design_of(mixture_design),
-        state_values(pool_states, len(domains), project.settings.covariates),
+        with_sizes(project.settings, values_MDP, mixture_design),
         domains=domains,
-        covariates=project.settings.covariates,
+        covariates=project.settings.run_covariates,
         tasks=eval_tasks["tasks"],
         directions=project.settings.task_directions,
     )

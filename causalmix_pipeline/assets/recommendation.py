@@ -149,6 +149,13 @@ def keep_reference(
     )
 
 
+def size_of_reach(reach: Overlap) -> dict:
+    """How far the size of the model is from the proxies'; nothing where they have one size."""
+    if reach.size is None:
+        return {}
+    return {"size": reach.size.to_dict() | {"pool_verdict": reach.pool_verdict}}
+
+
 def describe_gains(
     estimator: EffectEstimator,
     state_DP: np.ndarray,
@@ -206,7 +213,7 @@ def choose_mixture(
     planned = plan_top_up(reach, runs, top_up_runs, live_DP, seed=settings.seed)
     state_DP, reference_D = reach.edge_DP, baselines["reference"].to_numpy()
     constraints = constraints_of(settings, live_covariates, reference_D)
-    constraints = constraints.doubted(reach.doubt, domains)
+    constraints = constraints.doubted(reach.pool_doubt, domains)
     if reach.verdict == "unsupported":
         choice = keep_reference(estimator, state_DP, constraints, domains)
     else:
@@ -249,6 +256,7 @@ def choose_mixture(
         "verdict": reach.verdict,
         "overlap_score": known(reach.score),
         "domain_scores": reach.domain_score_D.tolist(),
+        **size_of_reach(reach),
         "drift": reach.drift.to_dicts(),
         **interval(choice.gain, choice.gain_se),
         "gains": describe_gains(

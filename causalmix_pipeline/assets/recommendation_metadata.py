@@ -13,6 +13,7 @@ from causalmix_pipeline.assets.pictures import (
     rounded,
 )
 from causalmix_pipeline.assets.small_pictures import Interval, interval_picture, mixture_picture
+from causalmix_pipeline.core.scale import size_sentence, size_words
 
 #: Covariates listed that are farthest from the runs.
 LISTED = 6
@@ -34,6 +35,8 @@ def recommendation_metadata(value: Mapping[str, Any]) -> dict[str, Any]:
         if value[name] is not None:
             key = "gain" if name == "gain" else f"gain, {name} end of 90% interval"
             metadata[key] = number(value[name])
+    if "size" in value:
+        metadata["size of the model"] = size_sentence(value["size"])
     if value["only_reference"]:
         metadata["guard rails"] = "forbid whatever is better than the reference"
     if value["overlap_score"] is not None:
@@ -55,8 +58,9 @@ def recommendation_metadata(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_short(value: Mapping[str, Any]) -> str:
     """Verdict, gain and its interval in a sentence."""
-    meaning = MEANINGS[value["verdict"]]
-    start = f"{value['verdict']}: {meaning}."
+    verdict = value["verdict"]
+    meaning = size_words(verdict, value.get("size")) or MEANINGS[verdict]
+    start = f"{verdict}: {meaning}."
     if value["gain"] is None or value["low"] is None:
         return f"{start} No gain is promised."
     return (

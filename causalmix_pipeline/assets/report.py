@@ -129,6 +129,7 @@ def report_data(
         mixtures={name: tuple(shares) for name, shares in recommended["mixtures"].items()},
         reference_name=recommended["reference_name"],
         verdict=recommended["verdict"],
+        size=recommended.get("size"),
         overlap_score=recommended["overlap_score"],
         supported_limit=1.0,
         unsupported_limit=UNSUPPORTED_FACTOR,

@@ -1,5 +1,6 @@
 """Top-ups: proxy runs at a live pool out of reach, trained only when a person asks."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,16 @@ from causalmix_pipeline.assets.design import domains_of, specs_of
 from causalmix_pipeline.assets.pictures import markdown_table
 from causalmix_pipeline.assets.plan import refuse_over_budget
 from causalmix_pipeline.assets.proxy import TRAINING_POOL, train_watched, training_figures
+from causalmix_pipeline.assets.sizes import top_up_config
 from causalmix_pipeline.assets.validation import keep_live_pool
 from causalmix_pipeline.core.belief import TOP_UP_RUNS, reach_of
 from causalmix_pipeline.core.covariates import measure_covariates
 from causalmix_pipeline.core.design import Design
 from causalmix_pipeline.core.errors import PoolError, ProxyError
+from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import CODE_VERSION, ProxyRecord, ProxySpec
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.scale import SIZE_COVARIATE, log2_parameters
 from causalmix_pipeline.core.tasks import outcome_of
 from causalmix_pipeline.core.top_up import (
     plan_top_up,
@@ -81,7 +85,7 @@ def collect_top_up_runs(
         "domains": list(runs.domains),
         "scorers": list(scorers),
         "eval_hash": mixture_design["eval_hash"][0],
-        "config": mixture_design["config"][0],
+        "config": top_up_config(project.settings, mixture_design),
         "code_version": CODE_VERSION,
     }
     misfits, planned = set(), set()
@@ -131,7 +135,8 @@ def specs_of_top_up(
     Raises:
         ConfigError: if proxy settings or engine changed since the design was made.
     """
-    own = specs_of(project, mixture_design)[0]
+    config = top_up_config(project.settings, mixture_design)
+    own = specs_of(project, mixture_design)[mixture_design["config"].to_list().index(config)]
     seeds = [
         int(np.random.SeedSequence([project.settings.seed, _SEED_PLACE, n]).generate_state(1)[0])
         for n in mixtures
@@ -160,9 +165,10 @@ def refuse_moved_pool(
     Raises:
         PoolError: naming the covariates that differ.
     """
-    measured_DP = measure_covariates(live_documents, list(runs.domains), list(runs.covariates))
-    known_DP = live_covariates.select(runs.covariates).to_numpy()
-    odd = [n for p, n in enumerate(runs.covariates) if (measured_DP != known_DP)[:, p].any()]
+    names = [name for name in runs.covariates if name != SIZE_COVARIATE]
+    measured_DP = measure_covariates(live_documents, list(runs.domains), names)
+    known_DP = live_covariates.select(names).to_numpy()
+    odd = [name for p, name in enumerate(names) if (measured_DP != known_DP)[:, p].any()]
     if odd:
         raise PoolError(
             f"live_covariates must be those of live_documents, got other values of "
@@ -179,7 +185,10 @@ def plan_of(
     normaliser: dict,
 ) -> TopUpPlan:
     """What must be known of planned runs for ever, whatever the live pool becomes."""
-    covariates = live_covariates.drop(_LIVE_COLUMNS)
+    covariates, config = live_covariates.drop(_LIVE_COLUMNS), specs[0].config
+    if SIZE_COVARIATE in covariates.columns and isinstance(config, ProxyConfig):
+        trained = log2_parameters(config.n_parameters)
+        covariates = covariates.with_columns(pl.lit(trained).alias(SIZE_COVARIATE))
     return TopUpPlan(
         state_hash=specs[0].state_hash,
         domains=domains_of(mixture_design),
@@ -190,7 +199,7 @@ def plan_of(
         },
         scorers=normaliser["scorers"],
         eval_hash=specs[0].eval_hash,
-        config=mixture_design["config"][0],
+        config=json.dumps(config.to_dict(), sort_keys=True),
         code_version=CODE_VERSION,
         numbers=list(mixtures),
         mixtures=[mixture_D.tolist() for mixture_D in mixtures.values()],

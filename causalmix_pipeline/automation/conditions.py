@@ -16,7 +16,9 @@ LIVE_SIDE_NAMES = (
     "training_export",
     "report",
 )
-LIVE_SIDE = assets_named(*LIVE_SIDE_NAMES)
+#: The same of a project whose runs have stages; others lack it.
+STAGED_LIVE_NAMES = ("recommended_schedule",)
+LIVE_SIDE = assets_named(*LIVE_SIDE_NAMES, *STAGED_LIVE_NAMES)
 
 #: Tags of its runs: after a day one hangs, is ended, and tried once more. Training may take as long
 #: as the instance allows, a week.
@@ -66,7 +68,7 @@ _READ_BY_OTHERS = ("training_export", "report")
 
 def condition_of(name: str) -> dg.AutomationCondition | None:
     """The condition of an asset, None off the live side."""
-    if name not in LIVE_SIDE_NAMES:
+    if name not in (*LIVE_SIDE_NAMES, *STAGED_LIVE_NAMES):
         return None
     if name == "top_up_runs":
         return FOLLOW_DATA_FROM_THE_START

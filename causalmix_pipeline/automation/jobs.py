@@ -22,6 +22,8 @@ EXPERIMENT_SIDE = dg.AssetSelection.groups("experiment", "effects") - COVARIATE_
 
 VALIDATION = assets_named("validation_runs")
 
+RIVALS = assets_named("rivals")
+
 #: What a top-up trains and reaches; the baselines rest on the experiment's own runs alone.
 TOP_UP = assets_named("top_up_runs", "recommended_mixture", "training_export", "report")
 
@@ -50,6 +52,12 @@ validate_job = dg.define_asset_job(
     selection=VALIDATION,
     tags={TRAINS_TAG: "yes"},
     description="Trains a larger model on the recommended mixture and on each baseline.",
+)
+compare_job = dg.define_asset_job(
+    "compare",
+    selection=RIVALS,
+    tags={TRAINS_TAG: "yes"},
+    description="Trains the recommended mixture and its rivals on new pool states, at two sizes.",
 )
 
 top_up_job = dg.define_asset_job(

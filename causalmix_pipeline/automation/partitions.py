@@ -4,12 +4,12 @@ import warnings
 
 import dagster as dg
 
-from causalmix_pipeline.automation.conditions import LIVE_SIDE_NAMES
+from causalmix_pipeline.automation.conditions import LIVE_SIDE_NAMES, STAGED_LIVE_NAMES
 from causalmix_pipeline.resources.live_pools import partitions_of
 from causalmix_pipeline.resources.settings import Settings
 
 #: Made of a live pool; the rest is made of the experiment, and there is one of it.
-OF_A_POOL = ("live_pool", *LIVE_SIDE_NAMES, "validation_runs")
+OF_A_POOL = ("live_pool", *LIVE_SIDE_NAMES, *STAGED_LIVE_NAMES, "validation_runs")
 
 
 def with_partitions(asset: dg.AssetsDefinition, settings: Settings) -> dg.AssetsDefinition:

@@ -18,11 +18,21 @@ from causalmix_pipeline.resources.settings import Settings
 
 def _proxy(settings: Settings) -> Any:
     config, pretrained = settings.proxy.to_config().to_dict(), settings.proxy.pretrained
+    if settings.proxy.sizes:
+        return [config, [size.model_dump(mode="json") for size in settings.proxy.sizes]]
     return config if pretrained is None else [pretrained, config]
 
 
+def _design(settings: Settings) -> Any:
+    """The design; stages only where there are several, so that others' versions stay."""
+    design = settings.design
+    return design.model_dump(mode="json", exclude={"stages"} if design.stages == 1 else None)
+
+
 def _objective(settings: Settings) -> Any:
-    return [settings.policy.model_dump(mode="json"), settings.task_weights, settings.seed]
+    # The target size is a covariate of the live pool.
+    policy = settings.policy.model_dump(mode="json", exclude={"target_parameters"})
+    return [policy, settings.task_weights, settings.seed]
 
 
 def _tasks(settings: Settings) -> Any:
@@ -39,7 +49,7 @@ def _tasks(settings: Settings) -> Any:
 def _outcomes(settings: Settings) -> Any:
     """Covariates, and tasks whose direction isn't their kind's."""
     odd = [task.name for task in settings.tasks if (task.direction, task.kind) in _ODD_DIRECTIONS]
-    return [settings.covariates, odd] if odd else settings.covariates
+    return [settings.run_covariates, odd] if odd else settings.run_covariates
 
 
 def _imported(settings: Settings) -> Any:
@@ -98,20 +108,26 @@ DEPENDS_ON: dict[str, Callable[[Settings], Any]] = {
     ],
     "pool_states": _states,
     "normaliser": _ranges,
-    "mixture_design": lambda s: [s.design.model_dump(mode="json"), s.n_runs, _proxy(s)],
+    "mixture_design": lambda s: [_design(s), s.n_runs, _proxy(s)],
     "proxy_plan": lambda s: s.budget.model_dump(mode="json"),
     "imported_runs": _imported,
     "run_table": _outcomes,
     "cate_model": lambda s: [s.estimators, s.seed],
+    "stage_table": lambda s: [s.task_weights, s.seed],
     "cate_checks": lambda s: [s.seed, s.task_weights],
     "cate_interpretation": lambda s: s.task_weights,
     "live_documents": _measured,
-    "live_covariates": lambda s: s.covariates,
+    "live_covariates": lambda s: [s.covariates, s.target_size] if s.proxy.sizes else s.covariates,
     "baseline_mixtures": _objective,
     "recommended_mixture": _objective,
+    "recommended_schedule": _objective,
     "training_export": lambda s: [s.policy.budget_tokens, s.seed, *_exported(s)],
     "report": _objective,
     "validation_runs": lambda s: [_proxy(s), s.task_weights, s.seed],
+    "rivals": lambda s: [
+        *[_proxy(s), _objective(s), s.compare.model_dump(mode="json")],
+        *([s.target_size] if s.proxy.sizes else []),
+    ],
 }
 
 

@@ -100,7 +100,7 @@ def within_states(runs: RunTable) -> np.ndarray:
     """Outcomes with the differences between pool states taken out, where runs allow it; (N, T)."""
     if not has_contrasts(runs):
         return runs.outcome_NT
-    return center_by_state(runs.outcome_NT, runs.state_ids) + runs.outcome_NT.mean(axis=0)
+    return center_by_state(runs.outcome_NT, runs.groups) + runs.outcome_NT.mean(axis=0)
 
 
 def regmix(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -20,7 +20,8 @@ from causalmix_pipeline.core.effects import (
     permute_states,
 )
 from causalmix_pipeline.core.errors import EstimationError
-from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.runs import SIZE_COVARIATE, RunTable
+from causalmix_pipeline.core.scale import SizeReach, size_reach, without_size
 
 #: Nearest states that a new state is compared with.
 NEIGHBOURS = 5
@@ -69,7 +70,9 @@ class Overlap:
     Attributes:
         score: distance to the nearest states over the runs' 95th percentile of the same distance,
             each run's own state left out; up to 1 is supported, beyond 4 unsupported.
-        verdict: `supported`, `extrapolating` or `unsupported`.
+        verdict: `supported`, `extrapolating` or `unsupported`. Where the runs tell sizes, a pool
+            that is supported is `extrapolating` for a model larger or smaller than any of them.
+        pool_verdict: the same for the pool alone, whatever the size of the model.
         domain_score_D: the same for each domain alone; shape (D,). Says which domain is far.
         drift: one row per covariate: `domain`, `covariate`, `value`, the runs' `least`, `most`,
             `mean`, `z` (standard deviations from the mean; null where it never varied), and
@@ -78,22 +81,33 @@ class Overlap:
             first one so near on the way from it to the mean of the runs' states (or to the
             nearest of them, where none is on that way). Straight on, effects grow without end and
             promise what no run has shown; shape (D, P).
+        size: how far the model's size is from the runs'; None where they don't tell sizes.
     """
 
     score: float
     verdict: str
+    pool_verdict: str
     domain_score_D: np.ndarray
     drift: pl.DataFrame
     edge_DP: np.ndarray
+    size: SizeReach | None = None
+
+    @property
+    def pool_doubt(self) -> float:
+        """What a trust radius is divided by: 1 within reach, beyond it the score.
+
+        Another size is no reason for a shorter step: mixtures carry over better than gains do.
+        """
+        return max(1.0, self.score)
 
     @property
     def doubt(self) -> float:
-        """What the standard errors of gains are multiplied by, and a trust radius divided by.
+        """What the standard errors of gains are multiplied by: doubt of the pool and of the size.
 
         1 within reach, beyond it the score: so widened, 90% intervals covered 84% to 99% of the
         true gains at shifts of 1 to 4 standard deviations, and 60% to 76% as they were.
         """
-        return max(1.0, self.score)
+        return self.pool_doubt * (1.0 if self.size is None else self.size.doubt)
 
 
 def overlap(
@@ -121,9 +135,11 @@ def overlap(
     _check_states(state_DP, state_SDP)
     reach = _Reach.of(state_SDP)
     score = reach.score(state_DP)
+    verdict = _verdict(score, _moved_constant(state_DP, reach.scaler))
     return Overlap(
         score=score,
-        verdict=_verdict(score, _moved_constant(state_DP, reach.scaler)),
+        verdict=verdict,
+        pool_verdict=verdict,
         domain_score_D=reach.domain_scores(state_DP),
         drift=_drift(state_DP, state_SDP, reach.scaler, domains, covariates),
         edge_DP=reach.edge(state_DP),
@@ -133,12 +149,29 @@ def overlap(
 def reach_of(runs: RunTable, state_DP: np.ndarray) -> Overlap:
     """`overlap` with the states of the runs, each counted by its mixtures; never far without any.
 
-    Without covariates all pools are alike, and every one is supported.
+    Without covariates all pools are alike, and every one is supported. The size of the model is
+    none of the pool: it has a distance of its own.
     """
+    size = size_reach(runs, state_DP)
+    if size is not None:
+        return _reach_of_size(runs, state_DP, size)
     if runs.covariates:
         return overlap(state_DP, runs.weighed_states(), runs.domains, runs.covariates)
-    nowhere_D = np.zeros(len(runs.domains))
-    return Overlap(0.0, "supported", nowhere_D, pl.DataFrame(), np.asarray(state_DP, dtype=float))
+    near, nowhere_D = "supported", np.zeros(len(runs.domains))
+    return Overlap(0.0, near, near, nowhere_D, pl.DataFrame(), np.asarray(state_DP, dtype=float))
+
+
+def _reach_of_size(runs: RunTable, state_DP: np.ndarray, size: SizeReach) -> Overlap:
+    """The pool's reach by its own covariates, joined with the size's."""
+    column = runs.covariates.index(SIZE_COVARIATE)
+    pool = reach_of(without_size(runs), np.delete(state_DP, column, axis=1))
+    is_beyond = pool.verdict == "supported" and size.distance > 0
+    return replace(
+        pool,
+        verdict="extrapolating" if is_beyond else pool.verdict,
+        edge_DP=np.insert(pool.edge_DP, column, size.read_at, axis=1),
+        size=size,
+    )
 
 
 @dataclass(frozen=True, eq=False)

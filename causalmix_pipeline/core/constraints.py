@@ -81,7 +81,7 @@ class Constraints:
         return np.array([self.guard_rails.get(task, np.inf) for task in tasks])
 
     def doubted(self, doubt: float, domains: Sequence[str]) -> Constraints:
-        """The same, with the trust radius divided by what `core.belief.Overlap.doubt` says.
+        """The same, with the trust radius divided by what `core.belief.Overlap.pool_doubt` says.
 
         Where shares and tokens forbid the reference itself, the radius stays large enough for the
         nearest mixture that they allow.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from causalmix_pipeline.core.controllers import BlockSeen, ControllerConfig
+from causalmix_pipeline.core.controllers import BlockSeen, ControllerConfig, Schedule
 
 #: Shares of one block that differ by more, from the same blocks before it, aren't one run's.
 SHARES_APART = 1e-6
@@ -153,10 +153,11 @@ class ControlledRun:
         """What a finished run's record keeps of its controller.
 
         `path` has an entry a block: its first step, its shares, the tokens read and the training
-        loss of each domain (None where nothing was read, or it wasn't finite). `mean_shares` is
-        their mean over steps; `tokens` is what the run learned from, `total_tokens` the training
-        tokens of the same cost as all that it computed, a forward pass a third of a training
-        token, or half of one where nearly all weights are frozen.
+        loss of each domain (None where nothing was read, or it wasn't finite); after a stage of a
+        schedule that probes also `probe_loss`. `mean_shares` is the mean over steps; `tokens` is
+        what the run learned from, `total_tokens` the training tokens of the same cost as all that
+        it computed, a forward pass a third of a training token, or half of one where nearly all
+        weights are frozen.
         """
         starts = [0, *self.ends[:-1]]
         tokens = int(sum(seen.tokens_D.sum() for seen in self.seen))
@@ -169,10 +170,9 @@ class ControlledRun:
                     "step": start,
                     "shares": shares_D.tolist(),
                     "tokens": seen.tokens_D.tolist(),
-                    "loss": [
-                        loss if math.isfinite(loss) else None for loss in seen.loss_D.tolist()
-                    ],
+                    "loss": _finite(seen.loss_D),
                 }
+                | self._probe_kept(seen)
                 for start, shares_D, seen in zip(starts, self.path, self.seen, strict=False)
             ],
             "mean_shares": None if mean_D is None else mean_D.tolist(),
@@ -180,3 +180,14 @@ class ControlledRun:
             **asdict(self.extra),
             "total_tokens": tokens + self.extra.as_training_tokens(self.forwards_per_training),
         }
+
+    def _probe_kept(self, seen: BlockSeen) -> dict[str, list[float | None]]:
+        """The probe of a schedule: what it is made for. Other controllers' decide, and are gone."""
+        if seen.probe is None or self.config.kind != Schedule.kind:
+            return {}
+        return {"probe_loss": _finite(seen.probe.loss_D)}
+
+
+def _finite(values_D: np.ndarray) -> list[float | None]:
+    """Numbers that JSON holds; None for those that aren't finite."""
+    return [value if math.isfinite(value) else None for value in values_D.tolist()]

@@ -194,11 +194,16 @@ class Schedule(ControllerConfig):
 
     Attributes:
         stages: for each stage its part of the steps, > 0 and together 1, and its mixture.
+        probe_windows: windows or sequences of each domain whose loss is measured at the end of
+            each stage but the last, for the run's record; nothing is decided by it.
     """
 
     kind: ClassVar[str] = "schedule"
     stages: tuple[tuple[float, tuple[float, ...]], ...] = dial(
         (), "Stages in their order: part of the training (together 1) and mixture of each."
+    )
+    probe_windows: int = dial(
+        0, "Windows of each domain whose loss is measured after each stage but the last; >= 0."
     )
 
     def __post_init__(self) -> None:
@@ -221,6 +226,19 @@ class Schedule(ControllerConfig):
         )
         for number, (_, mixture) in enumerate(stages):
             check_mixture(np.array(mixture), field=f"controller.stages[{number}]")
+        self._require("probe_windows", self.probe_windows >= 0, ">= 0", "Write 0 for none")
+
+    @property
+    def n_probed(self) -> int:
+        """Windows, or packed sequences, of each domain in a probe."""
+        return self.probe_windows
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of every controller; without a probe it isn't named, as before there was one."""
+        values = super().to_dict()
+        if not self.probe_windows:
+            del values["probe_windows"]
+        return values
 
     def build(self, mixture_D: np.ndarray, *, seed: int) -> MixtureController:
         """A controller that looks at nothing."""

@@ -203,8 +203,8 @@ def r2_within_by_state(runs: RunTable, prediction_NT: np.ndarray) -> WithinSums:
     Raises:
         EstimationError: if no task varies within a state.
     """
-    observed_NT = center_by_state(runs.outcome_NT, runs.state_ids)
-    error_NT = observed_NT - center_by_state(prediction_NT, runs.state_ids)
+    observed_NT = center_by_state(runs.outcome_NT, runs.groups)
+    error_NT = observed_NT - center_by_state(prediction_NT, runs.groups)
     total_T = (observed_NT**2).sum(axis=0)
     varies_T = total_T > RELATIVE_FLOOR**2 * runs.n_runs
     if not varies_T.any():
@@ -212,7 +212,7 @@ def r2_within_by_state(runs: RunTable, prediction_NT: np.ndarray) -> WithinSums:
             f"outcomes must vary between mixtures of one pool state, got {runs.n_runs} runs of "
             f"{runs.n_states} states without: train at least two mixtures per state."
         )
-    ids, inverse_N = np.unique(runs.state_ids, return_inverse=True)
+    ids, inverse_N = np.unique(runs.groups, return_inverse=True)
     sums = np.zeros((2, len(ids), len(runs.tasks)))
     np.add.at(sums[0], inverse_N, error_NT**2)
     np.add.at(sums[1], inverse_N, observed_NT**2)

@@ -4,6 +4,9 @@ States and mixtures are drawn independently of each other. N runs are N / 4 stat
 contrasts within a state are free of anything else about the pool. Run i is the same whatever N
 is, so growing N trains only the new runs. A small panel repeats a few mixtures with other seeds:
 the noise floor.
+
+With stages, a run has several mixtures, one after the other; each is drawn as a run's single one
+would be, independently of the others. The run's mixture is then their mean.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.core.mixture import dirichlet_design
+from causalmix_pipeline.core.mixture import staged_dirichlet_design
+
+#: Most stages of a run. The mean of many random mixtures is nearly the equal one, in every run.
+MOST_STAGES = 5
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class DesignPlan:
         panel_mixtures: pairs that are repeated with other seeds.
         panel_seeds: seeds of each repeated pair, the first included.
         seed: of states, mixtures and data order.
+        stages: equal parts of each run that have a mixture of their own; 1 to `MOST_STAGES`.
     """
 
     n_runs: int = 128
@@ -35,6 +42,7 @@ class DesignPlan:
     panel_mixtures: int = 4
     panel_seeds: int = 3
     seed: int = 0
+    stages: int = 1
 
     def __post_init__(self) -> None:
         """Check the counts."""
@@ -43,6 +51,11 @@ class DesignPlan:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"design.{name} must be >= {low}, got {getattr(self, name)}.")
+        if not 1 <= self.stages <= MOST_STAGES:
+            raise ConfigError(
+                f"design.stages must be 1 to {MOST_STAGES}, got {self.stages}. Write 1 for one "
+                "mixture a run."
+            )
 
     @property
     def n_states(self) -> int:
@@ -56,15 +69,17 @@ class Design:
 
     Attributes:
         state_N: pool state of each run.
-        mixture_ND: mixture of each run.
+        mixture_ND: mixture of each run; the mean over its stages where it has some.
         data_seed_N: seed of the run's order of domains.
         cell_N: index of the distinct (state, mixture) pair; repeats share it.
+        stage_mixture_NSD: mixture of each stage of each run; None where a run has one mixture.
     """
 
     state_N: np.ndarray
     mixture_ND: np.ndarray
     data_seed_N: np.ndarray
     cell_N: np.ndarray
+    stage_mixture_NSD: np.ndarray | None = None
 
 
 def make_design(plan: DesignPlan, n_domains: int) -> Design:
@@ -82,9 +97,10 @@ def make_design(plan: DesignPlan, n_domains: int) -> Design:
             f"domains must be at least 2 to have a mixture, got {n_domains}. Check "
             "pools.experiment and columns.domain."
         )
-    mixture_ND = dirichlet_design(
-        plan.n_runs, n_domains, strength_range=plan.strength_range, seed=plan.seed
+    stages_NSD = staged_dirichlet_design(
+        plan.n_runs, plan.stages, n_domains, strength_range=plan.strength_range, seed=plan.seed
     )
+    mixture_ND = stages_NSD[:, 0] if plan.stages == 1 else stages_NSD.mean(axis=1)
     # One panel pair per state, so that the floor isn't that of one state.
     panel = np.arange(plan.panel_mixtures) * plan.mixtures_per_state
     panel = panel[panel < plan.n_runs]
@@ -100,4 +116,5 @@ def make_design(plan: DesignPlan, n_domains: int) -> Design:
         mixture_ND=mixture_ND[cell_N],
         data_seed_N=np.array(seeds, dtype=np.int64),
         cell_N=cell_N,
+        stage_mixture_NSD=None if plan.stages == 1 else stages_NSD[cell_N],
     )

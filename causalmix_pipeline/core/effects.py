@@ -16,7 +16,7 @@ import polars as pl
 
 from causalmix_pipeline.core.errors import EstimationError
 from causalmix_pipeline.core.gain_calibration import Z90, slope_of_gains, widening
-from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.runs import SIZE_COVARIATE, RunTable
 
 #: Fewest proxy runs that anything is fitted on: below it, shares and tasks can't be told apart
 #: from noise (EconML itself accepts 8).
@@ -193,7 +193,7 @@ def score_folds(
 
 def assign_folds(runs: RunTable, n_folds: int, seed: int) -> np.ndarray:
     """Return each run's fold, shape (N,); runs of one state share it, whatever the row order."""
-    group_N = runs.state_ids if runs.n_states > 1 else runs.repeat_of_N
+    group_N = runs.groups if runs.n_groups > 1 else runs.repeat_of_N
     groups, inverse_N = np.unique(group_N, return_inverse=True)
     n_used = min(n_folds, len(groups))
     if n_used < 2:
@@ -254,14 +254,15 @@ def flag_outliers(runs: RunTable, limit: float = OUTLIER_LIMIT) -> pl.DataFrame:
     Args:
         runs: the proxy runs.
         limit: largest distance in robust standard deviations. Where more than half of the
-            outcomes are equal, the median non-zero distance stands for the deviation.
+            outcomes are equal, the median non-zero distance stands for the deviation. Proxies of
+            each size have a median of their own.
 
     Returns:
         Columns `run_id`, `task`, `value`, `robust_z`, worst first; no row if all is well.
     """
     rows = []
     for t, task in enumerate(runs.tasks):
-        distance_N = np.abs(runs.outcome_NT[:, t] - np.median(runs.outcome_NT[:, t]))
+        distance_N = np.abs(runs.outcome_NT[:, t] - _usual_N(runs, t))
         spread = np.median(distance_N)
         if spread == 0 and distance_N.any():
             spread = np.median(distance_N[distance_N > 0])
@@ -272,11 +273,22 @@ def flag_outliers(runs: RunTable, limit: float = OUTLIER_LIMIT) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row").sort("robust_z", descending=True)
 
 
+def _usual_N(runs: RunTable, t: int) -> np.ndarray:
+    """The task's median outcome among runs of the same size; shape (N,)."""
+    size_N = np.zeros(runs.n_runs) if runs.size_N is None else runs.size_N
+    _, kind_N = np.unique(size_N, return_inverse=True)
+    median_K = [np.median(runs.outcome_NT[kind_N == k, t]) for k in range(kind_N.max() + 1)]
+    return np.array(median_K)[kind_N]
+
+
 def permute_states(runs: RunTable, rng: np.random.Generator) -> RunTable:
     """Give each pool state the covariates of another: a placebo in which the state can't matter."""
     ids, state_SDP = runs.distinct_states()
     order_S = rng.permutation(len(ids))
-    return replace(runs, state_NDP=state_SDP[order_S][np.searchsorted(ids, runs.state_ids)])
+    state_NDP = state_SDP[order_S][np.searchsorted(ids, runs.state_ids)]
+    if runs.size_N is not None:  # the size of the model is none of the pool's
+        state_NDP[:, :, runs.covariates.index(SIZE_COVARIATE)] = runs.size_N[:, None]
+    return replace(runs, state_NDP=state_NDP)
 
 
 def permute_mixtures(runs: RunTable, rng: np.random.Generator) -> RunTable:
@@ -293,8 +305,8 @@ def has_contrasts(runs: RunTable) -> bool:
 
     A few repeated or paired runs aren't: a quarter of the runs, and 8, must have such a partner.
     """
-    n_contrasts = len(np.unique(runs.repeat_of_N)) - runs.n_states
-    return runs.n_states > 1 and n_contrasts >= max(8, runs.n_runs // 4)
+    n_contrasts = len(np.unique(runs.repeat_of_N)) - runs.n_groups
+    return runs.n_groups > 1 and n_contrasts >= max(8, runs.n_runs // 4)
 
 
 def center_by_state(values_NT: np.ndarray, state_ids: np.ndarray) -> np.ndarray:
@@ -406,8 +418,8 @@ def _score_table(
 ) -> pl.DataFrame:
     observed_NT, prediction_NT = runs.outcome_NT, joined.prediction_NT
     within_states = has_contrasts(runs)
-    within_NT = center_by_state(observed_NT, runs.state_ids)
-    predicted_within_NT = center_by_state(prediction_NT, runs.state_ids)
+    within_NT = center_by_state(observed_NT, runs.groups)
+    predicted_within_NT = center_by_state(prediction_NT, runs.groups)
     rows = []
     for t, task in enumerate(runs.tasks):
         y, f = observed_NT[:, t], prediction_NT[:, t]
@@ -424,7 +436,7 @@ def _score_table(
         row: dict[str, object] = {"task": task}
         for name, statistic in statistics.items():
             row[name] = statistic(np.arange(runs.n_runs))
-            row[f"{name}_se"] = jackknife_se(statistic, runs.state_ids)
+            row[f"{name}_se"] = jackknife_se(statistic, runs.groups)
         known, half_M = len(error_M) > 0, Z90 * np.sqrt(variance_M + noise_M)
         row["coverage_90"] = float((error_M <= half_M).mean()) if known else None
         row["interval_factor"] = widening(error_M, variance_M, noise_M) if known else None

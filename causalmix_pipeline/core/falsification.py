@@ -212,7 +212,7 @@ def _with_objective(values_NT: np.ndarray, weights_T: Sequence[float] | np.ndarr
 
 def _units(runs: RunTable) -> np.ndarray:
     """What is left out as a whole: the state, or the mixture where there is one state."""
-    return runs.state_ids if runs.n_states > 1 else runs.repeat_of_N
+    return runs.groups if runs.n_groups > 1 else runs.repeat_of_N
 
 
 def _n_tested(runs: RunTable) -> int:
@@ -223,7 +223,7 @@ def _n_tested(runs: RunTable) -> int:
 
 def _least_runs(runs: RunTable) -> int:
     """Runs that a unit needs to have something to compare."""
-    return 2 if runs.n_states > 1 else 1
+    return 2 if runs.n_groups > 1 else 1
 
 
 def _why_no_contrasts(runs: RunTable) -> str:
@@ -250,7 +250,7 @@ def _untold(check: str, runs: RunTable, reason: str) -> list[Trial]:
 
 
 def _centered(runs: RunTable, values_NT: np.ndarray) -> np.ndarray:
-    return center_by_state(values_NT, runs.state_ids)
+    return center_by_state(values_NT, runs.groups)
 
 
 def _sums(runs: RunTable, value_NU: np.ndarray) -> np.ndarray:

@@ -107,7 +107,7 @@ def slope_of_gains(
         return 1.0, PRIOR_DEVIATION
     columns = [np.maximum(gain_N, 0), np.minimum(gain_N, 0)]
     if within_states:
-        _, group_N = np.unique(runs.state_ids, return_inverse=True)
+        _, group_N = np.unique(runs.groups, return_inverse=True)
         inputs_NC = _centered(np.column_stack(columns), group_N)
         output_N = _centered(outcome_N[:, None], group_N)[:, 0]
     else:
@@ -117,7 +117,7 @@ def slope_of_gains(
     inverse_CC = np.linalg.pinv(inputs_NC.T @ inputs_NC)
     slope_C = inverse_CC @ inputs_NC.T @ output_N
     pull_NC = inputs_NC * (output_N - inputs_NC @ slope_C)[:, None]
-    cluster_N = runs.state_ids if runs.n_states > 1 else runs.repeat_of_N
+    cluster_N = runs.groups if runs.n_groups > 1 else runs.repeat_of_N
     _, cluster_N = np.unique(cluster_N, return_inverse=True)
     pull_GC = np.zeros((cluster_N.max() + 1, pull_NC.shape[1]))
     np.add.at(pull_GC, cluster_N, pull_NC)

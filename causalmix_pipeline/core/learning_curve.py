@@ -87,14 +87,14 @@ def learning_curve(
         The curve, or None where a quarter of the runs is too few to fit on.
     """
     runs = runs.sorted_by_run()
-    unit_N = runs.state_ids if runs.n_states > 1 else runs.repeat_of_N
+    unit_N = runs.groups if runs.n_groups > 1 else runs.repeat_of_N
     units, unit_N = np.unique(unit_N, return_inverse=True)
     if len(units) < max(MINIMUM_UNITS, MINIMUM_STATES) or runs.n_runs < 8 * MINIMUM_RUNS:
         return None
     smallest = np.sort(np.bincount(unit_N))[: round(PARTS[0] * (1 - 1 / n_folds) * len(units))]
     if smallest.sum() < MINIMUM_RUNS:  # the poorest quarter that may be drawn
         return None
-    centers = runs.state_ids if has_contrasts(runs) else np.zeros(runs.n_runs, dtype=int)
+    centers = runs.groups if has_contrasts(runs) else np.zeros(runs.n_runs, dtype=int)
     observed_N = _centered(runs.outcome_NT @ weights_T, centers)
     error_RCS = np.zeros((N_DRAWS, len(PARTS), len(units)))
     fold_N, rng = assign_folds(runs, n_folds, seed), np.random.default_rng(seed)

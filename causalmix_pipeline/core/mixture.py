@@ -143,6 +143,30 @@ def dirichlet_design(
     Returns:
         Shape (n_mixtures, D), on the simplex.
     """
+    stages_NSD = staged_dirichlet_design(
+        n_mixtures, 1, n_domains, strength_range=strength_range, seed=seed
+    )
+    return stages_NSD[:, 0]
+
+
+def staged_dirichlet_design(
+    n_runs: int, n_stages: int, n_domains: int, *, strength_range: tuple[float, float], seed: int
+) -> np.ndarray:
+    """Several mixtures a run, drawn independently of each other, each as in `dirichlet_design`.
+
+    The dimensions of all stages are of one Sobol sequence: two sequences that are scrambled apart
+    would be functions of each other.
+
+    Args:
+        n_runs: number of rows, >= 1; row i is the same whatever it is.
+        n_stages: S, >= 1.
+        n_domains: D, >= 2.
+        strength_range: least and largest Dirichlet concentration of each domain, > 0.
+        seed: scrambles the Sobol sequence.
+
+    Returns:
+        Shape (n_runs, S, D), each stage on the simplex.
+    """
     from scipy.special import gammaincinv
 
     low, high = strength_range
@@ -151,8 +175,9 @@ def dirichlet_design(
             "design.strength_range must be 0 < least <= largest < inf, "
             f"got {list(strength_range)}. Start from (0.4, 3)."
         )
-    uniforms = sobol_uniforms(n_mixtures, n_domains + 1, seed=seed)
-    strength_N = low * (high / low) ** uniforms[:, 0]
-    gammas_ND = gammaincinv(strength_N[:, None], uniforms[:, 1:])
-    gammas_ND = np.maximum(gammas_ND, 1e-12)
-    return gammas_ND / gammas_ND.sum(axis=1, keepdims=True)
+    uniforms = sobol_uniforms(n_runs, n_stages * (n_domains + 1), seed=seed)
+    uniforms_NSC = uniforms.reshape(n_runs, n_stages, n_domains + 1)
+    strength_NS = low * (high / low) ** uniforms_NSC[..., 0]
+    gammas_NSD = gammaincinv(strength_NS[..., None], uniforms_NSC[..., 1:])
+    gammas_NSD = np.maximum(gammas_NSD, 1e-12)
+    return gammas_NSD / gammas_NSD.sum(axis=-1, keepdims=True)

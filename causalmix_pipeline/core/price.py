@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,35 @@ def price(workload: Workload, calibration: Calibration, rates: Rates) -> dict[st
         "scratch bytes": n_scratch * workload.scratch_bytes,
         "measured": calibration.how,
     }
+
+
+#: Figures of a price that grow with what is to train, and those that add up over kinds of runs.
+_GROWING = ("million tokens to train", "FLOPs to train", "hours", "core hours", "GPU hours", "cost")
+_ADDED = ("proxy runs", "in the store", "to train", "record bytes", *_GROWING)
+
+
+def scaled(price: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """The price of runs that cost so many times as much each, such as those with probes."""
+    found = dict(price)
+    for name in (*_GROWING, "CPU seconds a run"):
+        if factor != 1.0 and found[name] is not None:
+            found[name] *= factor
+    return found
+
+
+def total(prices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The price of several kinds of runs, trained one after the other.
+
+    What is of one run, or of the machine, is that of the first kind.
+    """
+    found = dict(prices[0])
+    if len(prices) == 1:
+        return found
+    for name in _ADDED:
+        values = [each[name] for each in prices if each[name] is not None]
+        found[name] = sum(values) if values else None
+    found["scratch bytes"] = max(each["scratch bytes"] for each in prices)
+    return found
 
 
 def over_budget(price: Mapping[str, Any], limits: Mapping[str, float | None]) -> list[str]:

@@ -21,6 +21,9 @@ SIMPLEX_TOLERANCE = 1e-6
 #: Source of runs that the project made itself, and of all where nothing else is said.
 OWN = "own"
 
+#: The covariate that tells a run's size: log2 of its model's number of parameters.
+SIZE_COVARIATE = "log2_parameters"
+
 #: Most often that a state counts in `RunTable.weighed_states`: as many as a distance averages over.
 MOST_COPIES = 5
 
@@ -43,6 +46,8 @@ class RunTable:
         repeat_of_N: index of the (state, mixture) cell; runs of a cell differ only by seed; (N,).
         source_N: where each run is from, such as `own`; None for `own` everywhere.
         observational_sources: the sources whose mixtures weren't drawn at random.
+        group_N: which runs stay together in folds, an integer, where that isn't each state's:
+            runs of one pool state whose checkpoints differ. None for the state; shape (N,).
     """
 
     domains: tuple[str, ...]
@@ -56,6 +61,7 @@ class RunTable:
     repeat_of_N: np.ndarray
     source_N: tuple[str, ...] | None = None
     observational_sources: tuple[str, ...] = ()
+    group_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Convert the arrays and refuse what no estimator can use.
@@ -76,6 +82,8 @@ class RunTable:
             object.__setattr__(self, name, np.array(getattr(self, name), dtype=float))
         for name in ("state_ids", "repeat_of_N"):
             object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.int64))
+        if self.group_N is not None:
+            object.__setattr__(self, "group_N", np.array(self.group_N, dtype=np.int64))
         self._check_shapes()
         for name in ("domains", "covariates", "tasks", "run_ids"):
             _refuse_twice(name, getattr(self, name))
@@ -89,9 +97,26 @@ class RunTable:
         return len(self.run_ids)
 
     @property
+    def size_N(self) -> np.ndarray | None:
+        """Size of each run's model, log2 of its parameters; None where the runs don't tell it."""
+        if SIZE_COVARIATE not in self.covariates:
+            return None
+        return self.state_NDP[:, 0, self.covariates.index(SIZE_COVARIATE)]
+
+    @property
     def n_states(self) -> int:
         """Number of distinct pool states."""
         return len(np.unique(self.state_ids))
+
+    @property
+    def groups(self) -> np.ndarray:
+        """What folds never split: the state of each run, unless `group_N` says; shape (N,)."""
+        return self.state_ids if self.group_N is None else self.group_N
+
+    @property
+    def n_groups(self) -> int:
+        """Number of distinct groups."""
+        return len(np.unique(self.groups))
 
     @property
     def sources_of_runs(self) -> tuple[str, ...]:
@@ -143,6 +168,7 @@ class RunTable:
             outcome_NT=self.outcome_NT[rows],
             repeat_of_N=self.repeat_of_N[rows],
             source_N=tuple(self.sources_of_runs[i] for i in rows),
+            group_N=None if self.group_N is None else self.group_N[rows],
         )
 
     def select_tasks(self, tasks: Sequence[str]) -> RunTable:
@@ -181,6 +207,8 @@ class RunTable:
             columns[f"state__{name}"] = flat_NC[:, c]
         for t, task in enumerate(self.tasks):
             columns[f"outcome__{task}"] = self.outcome_NT[:, t]
+        if self.group_N is not None:
+            columns["group"] = self.group_N
         if self.sources != (OWN,) or self.observational_sources:
             columns["source"] = list(self.sources_of_runs)
             columns["randomised"] = [
@@ -225,6 +253,7 @@ class RunTable:
             repeat_of_N=frame["repeat_of"].to_numpy(),
             source_N=source_N,
             observational_sources=observational,
+            group_N=frame["group"].to_numpy() if "group" in frame.columns else None,
         )
 
     def _check_shapes(self) -> None:
@@ -235,6 +264,7 @@ class RunTable:
             "mixture_ND": (n, d),
             "outcome_NT": (n, t),
             "repeat_of_N": (n,),
+            **({} if self.group_N is None else {"group_N": (n,)}),
         }
         if len(self.sources_of_runs) != n:
             raise EstimationError(

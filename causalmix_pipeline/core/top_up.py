@@ -17,6 +17,7 @@ from causalmix_pipeline.core.design import DesignPlan
 from causalmix_pipeline.core.errors import EstimationError
 from causalmix_pipeline.core.mixture import dirichlet_design
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.scale import at_trained_size
 from causalmix_pipeline.core.sources import stack_runs
 
 #: What the names of top-up runs begin with; the state and a number follow.
@@ -71,8 +72,9 @@ def plan_top_up(
         Mixtures, shape (D,), by the number of the run; as many as fill up `TOP_UP_RUNS` or a
         multiple of it, so that one that was killed half-way trains the rest alone.
     """
-    if reach.verdict == "supported":
+    if reach.pool_verdict == "supported":  # a size out of reach isn't settled by runs at the pool
         return {}
+    state_DP = at_trained_size(runs, state_DP)
     done = _numbers_at(top_up_runs, runs, state_DP)
     numbers = list(
         islice((n for n in count() if n not in done), TOP_UP_RUNS - len(done) % TOP_UP_RUNS)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 
 #: Start of each progress line in a run's log, by which the CLI knows them.
@@ -39,6 +40,11 @@ class Progress:
         return self.done
 
     @property
+    def work(self) -> tuple[float, float]:
+        """How much is done and how much there is, in one that says how long the rest takes."""
+        return self.n_ended, self.total
+
+    @property
     def note(self) -> str:
         """What else is said, in brackets; nothing by default."""
         return ""
@@ -53,7 +59,8 @@ class Progress:
         if now - self._told < self._every and self.n_ended < self.total:
             return
         self._told = now
-        left = self.seconds / max(self.n_ended, 1) * (self.total - self.n_ended)
+        ended, whole = self.work
+        left = self.seconds / max(ended, 1) * (whole - ended)
         note = f" ({self.note})" if self.note else ""
         self._tell(
             f"{PROGRESS_PREFIX}{self.done} of {self.total} {self.what}{note}, {left:.0f} s left"
@@ -86,6 +93,8 @@ class TrainingProgress(Progress):
         self.running: set[str] = set()
         self.records: list[ProxyRecord] = []
         self._tokens_of = {spec.key: spec.config.tokens for spec in specs}
+        self._work_of = work_of_runs(specs)
+        self._worked = 0.0
         self._look, self._looked, self._looked_at = look, time.monotonic(), 0
 
     def on_started(self, specs: Sequence[ProxySpec]) -> None:
@@ -97,6 +106,7 @@ class TrainingProgress(Progress):
         for record in records:
             self.running.discard(record.key)
             self.tokens += self._tokens_of.get(record.key, 0)
+            self._worked += self._work_of.get(record.key, 0.0)
             self.diverged += record.diverged
             self.records.append(record)
         self.done += len(records)
@@ -105,6 +115,7 @@ class TrainingProgress(Progress):
     def on_failed(self, spec: ProxySpec, reason: str) -> None:
         """Count a run as failed, and say why."""
         self.running.discard(spec.key)
+        self._worked += self._work_of.get(spec.key, 0.0)
         self.failed += 1
         self._tell(f"proxy run {spec.key} failed: {reason}")
         self._say_and_look()
@@ -113,6 +124,11 @@ class TrainingProgress(Progress):
     def n_ended(self) -> int:
         """Runs that are done or given up."""
         return self.done + self.failed
+
+    @property
+    def work(self) -> tuple[float, float]:
+        """Runs that are ended, and all, each counted by what it costs: larger ones take longer."""
+        return self._worked, sum(self._work_of.values())
 
     @property
     def tokens_per_second(self) -> float:
@@ -138,6 +154,13 @@ class TrainingProgress(Progress):
         if is_due:
             self._looked, self._looked_at = now, self.n_ended
             self._look(self)
+
+
+def work_of_runs(specs: Sequence[ProxySpec]) -> dict[str, float]:
+    """What each run costs over the mean of all, by its FLOPs; 1 for pretrained models."""
+    flops = [spec.config.flops if isinstance(spec.config, ProxyConfig) else 1.0 for spec in specs]
+    mean = sum(flops) / max(len(flops), 1)
+    return {spec.key: each / mean for spec, each in zip(specs, flops, strict=True)}
 
 
 def progress_teller(tell: Callable[[str], None]) -> Callable[[str, int, int], None]:

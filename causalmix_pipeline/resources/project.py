@@ -70,6 +70,7 @@ class Project(dg.ConfigurableResource):
             panel_mixtures=design.noise_panel.mixtures,
             panel_seeds=design.noise_panel.seeds,
             seed=design.seed,
+            stages=design.stages,
         )
 
     @property

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from causalmix_pipeline.adapters.pool_door import ColumnMap
+from causalmix_pipeline.core.controller_tuning import CONTROLLERS, make_controller
 from causalmix_pipeline.core.covariates import (
     DOCUMENT_COLUMNS,
     DOMAIN_COVARIATES,
@@ -31,10 +32,18 @@ from causalmix_pipeline.core.covariates import (
     base_of,
     check_covariate_names,
 )
+from causalmix_pipeline.core.design import MOST_STAGES
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.runs import OWN
+from causalmix_pipeline.core.scale import (
+    FEWEST_STATES,
+    SAME_SIZE,
+    SIZE_COVARIATE,
+    log2_parameters,
+    sizes_of_states,
+)
 
 #: Proxy runs of each preset, without the noise panel; `design.n_runs` overrides it.
 PRESET_RUNS = {"tests": 32, "demo": 128, "study": 512, "paper": 512, "longcot": 64}
@@ -475,6 +484,14 @@ class Design(Section):
     )
     states: States = Field(default=States(), description="How pool states are drawn.")
     seed: int = Field(default=0, ge=0, description="Seed of states and mixtures; integer.")
+    stages: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_STAGES,
+        description="Equal parts of each proxy run with a mixture of their own, drawn "
+        "independently: whether it matters when a domain is read, and a schedule where it does. "
+        "1 keeps one mixture a run; another number trains every run anew.",
+    )
 
     @model_validator(mode="after")
     def _check(self):
@@ -495,6 +512,48 @@ class Design(Section):
 
 #: Fields of a config that follow from `proxy.pretrained` itself.
 NOT_OVERRIDDEN = ("model", "weights_hash")
+
+
+class ProxySize(Section):
+    """A further size of the proxies: what differs from the recipe, and how many states get it."""
+
+    share: float = Field(
+        default=0.25,
+        gt=0.0,
+        lt=1.0,
+        description="Part of the design's pool states that are trained at this size, all mixtures "
+        "of a state alike; the rest stays at the recipe's own size.",
+    )
+    hidden: int | None = Field(
+        default=None, ge=1, description="Width of the residual stream; null takes the recipe's."
+    )
+    layers: int | None = Field(
+        default=None, ge=1, description="Transformer layers; null takes the recipe's."
+    )
+    heads: int | None = Field(
+        default=None, ge=1, description="Attention heads of a layer; null takes the recipe's."
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Peak learning rate; larger models want lower ones; null takes the recipe's.",
+    )
+    init_std: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Standard deviation of the first weights; null takes the recipe's.",
+    )
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps of a run; null takes the recipe's."
+    )
+    bf16: bool | None = Field(
+        default=None,
+        description="Round the inputs of matrix products to bfloat16; null takes the recipe's.",
+    )
+
+    def to_config(self, recipe: ProxyConfig) -> ProxyConfig:
+        """The recipe at this size."""
+        return dataclasses.replace(recipe, **self.model_dump(exclude={"share"}, exclude_none=True))
 
 
 class Proxy(Section):
@@ -526,6 +585,12 @@ class Proxy(Section):
         description="Models that one process trains at once in one set of tensors; 4-8 is fastest "
         "on a CPU, hundreds on a GPU; 0 measures what is fastest.",
     )
+    sizes: list[ProxySize] = Field(
+        default=[],
+        description="Further sizes that part of the pool states is trained at, such as [{hidden: "
+        "64, layers: 2, learning_rate: 0.01}]: tells how effects change with the size of the "
+        "model, see policy.target_parameters. For models trained from scratch.",
+    )
 
     @model_validator(mode="after")
     def _check(self):
@@ -550,7 +615,35 @@ class Proxy(Section):
                 f"proxy.overrides must hold numbers where the recipe has them, got "
                 f"{self.overrides}: {error}; YAML takes 1e-4 for text, so write 1.0e-4"
             ) from error
+        self._check_sizes()
         return self
+
+    def _check_sizes(self) -> None:
+        if self.sizes and self.pretrained is not None:
+            raise ValueError(
+                f"proxy.sizes must be [] with proxy.pretrained, got {len(self.sizes)} sizes and "
+                f"{self.pretrained}: a pretrained model has the size it has; take one of them out"
+            )
+        if self.sizes and sum(size.share for size in self.sizes) >= 1:
+            raise ValueError(
+                "proxy.sizes: shares must sum to less than 1, so that states are left for the "
+                f"recipe's own size, got {sum(size.share for size in self.sizes):g}: lower them"
+            )
+        counts = [config.n_parameters for config in self.size_configs()]
+        for i, count in enumerate(counts):
+            if i and min(abs(math.log2(count / other)) for other in counts[:i]) <= SAME_SIZE:
+                raise ValueError(
+                    f"proxy.sizes[{i - 1}] must have another number of parameters than the recipe "
+                    f"and the sizes before it, got {count:,} among {', '.join(map(str, counts))}: "
+                    "change hidden or layers"
+                )
+
+    def size_configs(self) -> list[ProxyConfig]:
+        """The recipe at each size that is trained, its own first; none with `pretrained`."""
+        recipe = self.to_config()
+        if not isinstance(recipe, ProxyConfig):
+            return []
+        return [recipe, *(size.to_config(recipe) for size in self.sizes)]
 
     @property
     def pool_vocab_size(self) -> int:
@@ -727,6 +820,14 @@ class Policy(Section):
         description="By task, the most that may be lost over the reference, in the task's own "
         "units; it holds for the gain less confidence_z standard errors, also with weight 0.",
     )
+    target_parameters: float | None = Field(
+        default=None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Number of parameters of the model that the mixture is for, such as 1.0e+9; "
+        "needs proxy.sizes. Beyond the sizes trained the verdict is extrapolating, and intervals "
+        "grow with the distance; null asks at the largest of them, the last size that is measured.",
+    )
 
     @model_validator(mode="after")
     def _check(self):
@@ -745,6 +846,51 @@ class Policy(Section):
             raise ValueError(
                 "policy.fixed_mixture must sum to 1, got "
                 f"{sum(self.fixed_mixture.values()):.6g}: divide each share by the sum"
+            )
+        return self
+
+
+class Compare(Section):
+    """What `causalmix compare` trains: the recommended mixture's rivals, on new pool states."""
+
+    states: int = Field(
+        default=16,
+        ge=2,
+        le=1000,
+        description="New pool states, drawn from the experiment pool like the design's; more gives "
+        "smaller standard errors.",
+    )
+    seeds: int = Field(
+        default=3, ge=1, le=20, description="Runs of each rival on each state, seeds only apart."
+    )
+    larger: dict[str, Any] = Field(
+        default={},
+        description="What differs in the second, larger size, such as {hidden: 128, layers: 2, "
+        "heads: 4, learning_rate: 0.002, init_std: 0.04}; empty takes twice the width and a layer "
+        "more. With proxy.pretrained there is one size.",
+    )
+    controllers: dict[str, dict[str, Any]] = Field(
+        default={name: {} for name in CONTROLLERS},
+        description="Rivals that set the mixture while a run trains, each with settings that stay "
+        "as they are; the others are searched. One that isn't named is left out.",
+    )
+    tuning_runs: int | None = Field(
+        default=None,
+        ge=0,
+        description="Runs' worth of training that the search over settings of each controller may "
+        "cost, on pool states of its own; null takes the runs of the design, so that no rival is "
+        "tuned less than the recommendation; 0 keeps the papers' settings.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        for name, given in self.controllers.items():
+            make_controller(name, given)
+        known = [each.name for each in dataclasses.fields(ProxyConfig)]
+        unknown = [name for name in self.larger if name not in known]
+        if unknown:
+            raise ValueError(
+                f"compare.larger.{unknown[0]} is no proxy setting; known: {', '.join(known)}"
             )
         return self
 
@@ -989,6 +1135,7 @@ class Settings(Section):
         "source is put on the level of the own runs first.",
     )
     policy: Policy = Field(default=Policy(), description="How effects become a mixture.")
+    compare: Compare = Field(default=Compare(), description="What the recommendation is held to.")
     export: Export = Field(default=Export(), description="What is written for the trainer.")
     quality: Quality = Field(default=Quality(), description="When documents are too bad.")
     automation: Automation = Field(default=Automation(), description="How the daemon watches.")
@@ -1050,6 +1197,8 @@ class Settings(Section):
                 "metric's quantiles (mtld_p10, _p50, _p90) and language_share_<ISO code>"
             )
         self._check_measured()
+        self._check_sizes()
+        self._check_larger()
         if self.domains is not None and len(set(self.domains)) < max(2, len(self.domains)):
             raise ValueError(
                 f"domains must be two different names or more, got {self.domains}: with one "
@@ -1075,6 +1224,53 @@ class Settings(Section):
                     f"covariates must be measured, got {asked[0]!r}, which needs {field}: set it, "
                     "or take the covariate off the list"
                 )
+
+    def _check_larger(self) -> None:
+        """The larger size of a comparison must be one, of models trained from scratch."""
+        larger, config = self.compare.larger, self.proxy.to_config()
+        if larger and not isinstance(config, ProxyConfig):
+            raise ValueError(
+                f"compare.larger must be empty with proxy.pretrained, got {larger}: rivals of a "
+                "pretrained model are trained as that model; leave it out"
+            )
+        try:
+            dataclasses.replace(config, **larger)
+        except TypeError as error:
+            raise ValueError(
+                f"compare.larger must hold numbers where the recipe has them, got {larger}: "
+                f"{error}; YAML takes 1e-4 for text, so write 1.0e-4"
+            ) from error
+
+    def _check_sizes(self) -> None:
+        """Each size must get pool states enough, and a target size needs sizes to go by."""
+        sizes = self.proxy.sizes
+        if not sizes and self.policy.target_parameters is not None:
+            raise ValueError(
+                "policy.target_parameters must be null without proxy.sizes, got "
+                f"{self.policy.target_parameters:g}: runs of one size don't tell what size does; "
+                "add one, such as {hidden: 64, layers: 2}"
+            )
+        shares = [size.share for size in sizes]
+        n_states = -(-self.n_runs // self.design.mixtures_per_state)
+        for k, share in enumerate([1 - sum(shares), *shares]):
+            n_own = int((sizes_of_states(n_states, shares, seed=self.design.seed) == k).sum())
+            if sizes and n_own < FEWEST_STATES:
+                raise ValueError(
+                    f"proxy.sizes must leave each size at least {FEWEST_STATES} pool states, got "
+                    f"{n_own} of {n_states} for {f'sizes[{k - 1}]' if k else 'the recipe itself'} "
+                    f"with share {share:g}: change share, or raise design.n_runs"
+                )
+
+    @property
+    def run_covariates(self) -> list[str]:
+        """`covariates`, and the size of the model where runs have several."""
+        return [*self.covariates, SIZE_COVARIATE] if self.proxy.sizes else self.covariates
+
+    @property
+    def target_size(self) -> float:
+        """Size of the model that the mixture is for, in log2 parameters; proxies have several."""
+        trained = max(config.n_parameters for config in self.proxy.size_configs())
+        return log2_parameters(self.policy.target_parameters or trained)
 
     @property
     def root(self) -> Path:

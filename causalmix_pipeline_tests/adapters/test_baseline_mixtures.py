@@ -14,6 +14,7 @@ from causalmix_pipeline.adapters.baseline_mixtures import (
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.core import baselines
 from causalmix_pipeline.core.mixture import is_on_simplex, kl_divergence
+from causalmix_pipeline.core.runs import SIZE_COVARIATE
 
 TRUTH = SyntheticPool.draw(n_domains=4, n_covariates=2, n_tasks=2, seed=1)
 RUNS = TRUTH.run_table(n_states=24, mixtures_per_state=4, noise=0.05, n_repeats=4, seed=2)
@@ -74,3 +75,22 @@ def test_what_can_be_made_is_made(monkeypatch):
     for mixture_D in [*made.values(), *more.values()]:
         assert is_on_simplex(mixture_D)
     assert np.abs(more["regmix"] - made["regmix"]).max() > 0.01  # around natural, not equal
+
+
+def test_larger_proxies_win_no_mixture_that_they_happened_to_get(monkeypatch):
+    """With runs of two sizes, the baselines are those of runs on one level."""
+    monkeypatch.setattr(baselines, "REGMIX_CANDIDATES", 2000)
+    is_large_N = RUNS.state_ids % 3 == 0
+    size_ND1 = np.repeat(np.where(is_large_N, 20.0, 17.0)[:, None, None], 4, axis=1)
+    sized = replace(
+        RUNS,
+        covariates=(*RUNS.covariates, SIZE_COVARIATE),
+        state_NDP=np.concatenate([RUNS.state_NDP, size_ND1], axis=2),
+    )
+    lifted = replace(sized, outcome_NT=RUNS.outcome_NT + 100 * is_large_N[:, None])
+
+    first, second = make_baselines(sized, FIRST), make_baselines(lifted, FIRST)
+
+    for name, mixture_D in first.items():
+        assert np.abs(second[name] - mixture_D).max() < 0.02, name
+    assert mean_gain(second["regmix"]) > 0

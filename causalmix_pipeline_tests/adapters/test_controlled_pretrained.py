@@ -108,6 +108,24 @@ def test_the_losses_that_a_controller_sees_are_those_of_each_domain(model, tmp_p
         assert trainer.control.seen[0].loss_D[d] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_schedule_s_probe_is_told_and_changes_nothing_of_the_run(model, tmp_path):
+    records = []
+    for windows in (0, 2):
+        root = tmp_path / str(windows)
+        store, spec, evaluation = write_controlled(root, model, "schedule")
+        controller = replace(CONTROLLERS["schedule"], probe_windows=windows)
+        spec = replace(spec, controller=controller)
+        records.append(train_pretrained(store, spec, device="cpu", evaluation=evaluation))
+    plain, probed = records
+
+    assert probed.train_loss == plain.train_loss
+    assert probed.bits_per_byte == plain.bits_per_byte
+    assert ["probe_loss" in block for block in probed.control["path"]] == [True, False]
+    assert "probe_loss" not in plain.control["path"][0]
+    assert np.isfinite(probed.control["path"][0]["probe_loss"]).all()
+    assert probed.control["forward_tokens"] > 0 == plain.control["forward_tokens"]
+
+
 def test_losses_by_token_sum_to_the_loss(model, tmp_path):
     store, spec, _ = write_controlled(tmp_path, model, "doremi")
     rows = Feed.of(store, replace(spec, controller=None)).rows(0)

@@ -188,6 +188,23 @@ def test_a_schedule_reads_its_stages_in_order(experiment):
     assert done.control["path"][0]["loss"][1] is None
 
 
+def test_a_schedule_s_probe_is_told_and_changes_nothing_of_the_run(experiment):
+    """Losses of training windows at the weights of the stage's end, by hand for one domain."""
+    plain = Schedule(stages=tuple((1 / 3, shares) for shares in np.eye(3) * 0.7 + 0.1))
+    probed = replace(plain, probe_windows=2)
+    runs = [train(experiment, controlled(experiment, kind)) for kind in (plain, probed)]
+    told = [run.control for run in runs]
+
+    assert outcome(runs[0])[:2] == outcome(runs[1])[:2]
+    assert ["probe_loss" in block for block in told[0]["path"]] == [False] * 3
+    assert ["probe_loss" in block for block in told[1]["path"]] == [True, True, False]
+    losses = np.array([block["probe_loss"] for block in told[1]["path"][:2]])
+    assert (losses[0] < np.log(CONFIG.vocab_size)).all()
+    assert losses[1, 1] < losses[0, 1] - 0.1  # what the second stage read
+    assert told[1]["forward_tokens"] == 2 * 3 * 2 * 32
+    assert told[1]["total_tokens"] == CONFIG.tokens + 2 * 3 * 2 * 32 / 3
+
+
 def test_doremi_s_reference_is_the_static_run(experiment, monkeypatch):
     """On the run's own mixture, seed and order, trained before the run itself."""
     batches = []

@@ -11,6 +11,7 @@ import pytest
 
 from causalmix_pipeline.adapters.experiment import (
     MAX_EVAL_WINDOWS,
+    STAGE_PROBE_WINDOWS,
     DomainSampler,
     PoolTokenizer,
     build_evaluation,
@@ -18,6 +19,7 @@ from causalmix_pipeline.adapters.experiment import (
     draw_states,
     fit_normaliser,
     keep_states,
+    make_specs,
     measure_states,
     spec_table,
     write_token_store,
@@ -27,6 +29,7 @@ from causalmix_pipeline.adapters.run_feed import RunFeed
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.token_scores import CrossFittedModel, PoolLanguageModel
 from causalmix_pipeline.adapters.tokenizer import encode_texts
+from causalmix_pipeline.core.controllers import Schedule
 from causalmix_pipeline.core.covariates import METRICS, measure_covariates
 from causalmix_pipeline.core.design import DesignPlan, make_design
 from causalmix_pipeline.core.errors import EstimationError, PoolError
@@ -396,6 +399,29 @@ def test_the_table_of_specs_has_a_row_for_each_run(experiment):
     shares = table.select(f"share__{domain}" for domain in DOMAINS).to_numpy()
     np.testing.assert_array_equal(shares, experiment.design.mixture_ND)
     assert json.loads(table["config"][0]) == experiment.specs[0].config.to_dict()
+
+
+def test_runs_with_stages_are_schedules_with_a_column_for_each_stage_s_shares(experiment):
+    design = make_design(DesignPlan(n_runs=4, stages=2, panel_mixtures=1), len(DOMAINS))
+    first = experiment.specs[0]
+    hashes = {"tokens_hash": first.tokens_hash, "eval_hash": first.eval_hash}
+    specs = make_specs(design, [first.state_hash], **hashes, config=first.config)
+
+    table = spec_table(specs, design, DOMAINS)
+
+    for run, spec in enumerate(specs):
+        assert isinstance(spec.controller, Schedule)
+        assert spec.controller.probe_windows == STAGE_PROBE_WINDOWS
+        assert [part for part, _ in spec.controller.stages] == [0.5, 0.5]
+        shares = [
+            [table[f"stage{stage}__share__{domain}"][run] for domain in DOMAINS] for stage in (1, 2)
+        ]
+        np.testing.assert_allclose([list(mix) for _, mix in spec.controller.stages], shares)
+        assert spec.mixture == pytest.approx(np.mean(shares, axis=0))
+    assert len({spec.key for spec in specs}) == len(specs)
+    static = spec_table(experiment.specs, experiment.design, DOMAINS).columns
+    assert not [name for name in static if name.startswith("stage")]
+    assert all("controller" not in spec.to_dict() for spec in experiment.specs)
 
 
 def records_of(experiment: SmallExperiment, diverged: tuple[int, ...] = ()) -> list[ProxyRecord]:

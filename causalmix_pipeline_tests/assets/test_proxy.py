@@ -18,7 +18,7 @@ from causalmix_pipeline.assets.proxy import (
     records_frame,
     records_of,
 )
-from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, EXPERIMENT_SIDE, VALIDATION
+from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, EXPERIMENT_SIDE, RIVALS, VALIDATION
 from causalmix_pipeline.automation.staleness import materialise, refresh, stale_assets
 from causalmix_pipeline.core.errors import ConfigError, ProxyError
 from causalmix_pipeline.core.runs import RunTable
@@ -70,7 +70,7 @@ def test_covariates_are_those_of_the_settings_and_of_the_state(finished):
 
 def test_a_finished_project_has_nothing_to_make(finished):
     with ensure_instance(load_settings(finished).data_path) as instance:
-        wanted = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE
+        wanted = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE - RIVALS
         found = stale_assets(build_definitions(finished), instance, wanted)
 
     assert found.reasons == {}

@@ -43,7 +43,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen, log, seconds: 
 def made_since(instance: dg.DagsterInstance, cursor: int) -> list[str]:
     names = [*LIVE_SIDE_NAMES, "proxy_plan", "proxy_runs", "run_table", "cate_model"]
     found = []
-    for name in [*names, "validation_runs"]:
+    for name in [*names, "validation_runs", "rivals"]:
         records = dg.AssetRecordsFilter(asset_key=dg.AssetKey(name), after_storage_id=cursor)
         found += [name] * len(instance.fetch_materializations(records, limit=20).records)
     return found

@@ -13,7 +13,7 @@ from causalmix_pipeline.automation.imported_tables import (
     observe_tables,
     table_specs,
 )
-from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, VALIDATION
+from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, RIVALS, VALIDATION
 from causalmix_pipeline.automation.staleness import refresh, stale_assets
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.instance import ensure_instance
@@ -26,7 +26,7 @@ from causalmix_pipeline_tests.resources.test_postgres import RunningDaemon
 #: With the few runs of this project, SciPy 1.13 can't tell the power of one or another number.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in _ncf_sf")
 
-WANTED = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE
+WANTED = dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE - RIVALS
 
 
 def test_where_nothing_is_imported_there_is_no_sensor_job_or_asset(project_file):

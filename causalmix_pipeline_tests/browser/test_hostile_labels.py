@@ -37,14 +37,14 @@ ASSETS = (
 
 def materialise(config, names: list[str] | None = None) -> dg.DagsterRun:
     """Make assets of a project in this process, and return the run."""
-    from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, VALIDATION
+    from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, RIVALS, VALIDATION
     from causalmix_pipeline.definitions import build_definitions
     from causalmix_pipeline.resources.instance import ensure_instance
     from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
     from causalmix_pipeline.resources.settings_file import load_settings
 
     settings = load_settings(config)
-    everything = dg.AssetSelection.all().materializable() - VALIDATION - COVARIATE_CHOICE
+    everything = dg.AssetSelection.all().materializable() - VALIDATION - COVARIATE_CHOICE - RIVALS
     selection = dg.AssetSelection.assets(*names) if names else everything
     job = dg.Definitions(jobs=[dg.define_asset_job("made_by_test", selection=selection)])
     definitions = dg.Definitions.merge(build_definitions(config), job)

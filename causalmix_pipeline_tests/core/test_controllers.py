@@ -216,6 +216,17 @@ def test_a_schedule_that_is_none_is_refused(stages, words):
         Schedule(stages=stages)
 
 
+def test_a_schedule_without_a_probe_has_the_name_that_it_had_before_there_were_any():
+    config = Schedule(stages=((0.5, (1.0, 0.0)), (0.5, (0.0, 1.0))))
+    parts = [[0.5, [1.0, 0.0]], [0.5, [0.0, 1.0]]]
+
+    assert config.to_dict() == {"kind": "schedule", "version": 2, "stages": parts}
+    assert config.n_probed == 0
+    assert Schedule(config.stages, probe_windows=3).to_dict()["probe_windows"] == 3
+    with pytest.raises(ConfigError, match=r"controller\.probe_windows must be >= 0, got -1"):
+        Schedule(config.stages, probe_windows=-1)
+
+
 def test_a_schedule_must_fit_the_run():
     with pytest.raises(ConfigError, match="over 3 domains, got 2"):
         ControlledRun(Schedule(stages=((1.0, (0.5, 0.5)),)), np.ones(3) / 3, steps=9, seed=0)

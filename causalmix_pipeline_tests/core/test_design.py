@@ -114,3 +114,61 @@ def test_a_count_below_its_least_is_refused(field, value):
 def test_a_single_domain_is_refused():
     with pytest.raises(ConfigError, match=r"domains must be at least 2 .* got 1"):
         make_design(DesignPlan(), 1)
+
+
+# Stages
+
+
+def test_a_design_without_stages_is_what_it_was_before_there_were_any():
+    """Numbers of an earlier version."""
+    design = make_design(DesignPlan(n_runs=8), 4)
+
+    assert design.stage_mixture_NSD is None
+    assert design.mixture_ND[0] == pytest.approx(
+        [0.5586282513264232, 0.17364323625201408, 0.1743023300898111, 0.09342618233175154],
+        abs=1e-14,
+    )
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_a_run_s_mixture_is_the_mean_of_its_stages(stages):
+    design = make_design(DesignPlan(n_runs=16, stages=stages), 3)
+
+    assert design.stage_mixture_NSD is not None
+    assert design.stage_mixture_NSD.shape == (24, stages, 3)
+    assert design.stage_mixture_NSD.sum(axis=2) == pytest.approx(1.0)
+    np.testing.assert_allclose(design.stage_mixture_NSD.mean(axis=1), design.mixture_ND)
+    repeat = np.flatnonzero(design.cell_N == 0)
+    assert len(repeat) == 3
+    assert (design.stage_mixture_NSD[repeat] == design.stage_mixture_NSD[0]).all()
+
+
+def test_stages_are_drawn_independently_and_each_as_a_run_without_stages():
+    """Two Sobol sequences that are scrambled apart would be functions of each other."""
+    staged = make_design(DesignPlan(n_runs=2048, stages=2, panel_mixtures=0), 4)
+    static = make_design(DesignPlan(n_runs=2048, panel_mixtures=0), 4)
+    assert staged.stage_mixture_NSD is not None
+    first_ND, second_ND = staged.stage_mixture_NSD[:, 0], staged.stage_mixture_NSD[:, 1]
+
+    across = np.corrcoef(first_ND.T, second_ND.T)[:4, 4:]
+    assert np.abs(across).max() < 0.07
+    # Nor are their squares, as those of one sequence would be.
+    across = np.corrcoef(np.square(first_ND.T), np.square(second_ND.T))[:4, 4:]
+    assert np.abs(across).max() < 0.07
+    for stage_ND in (first_ND, second_ND):
+        assert stage_ND.mean(0) == pytest.approx(static.mixture_ND.mean(0), abs=0.02)
+        assert stage_ND.std(0) == pytest.approx(static.mixture_ND.std(0), abs=0.02)
+
+
+def test_more_runs_leave_the_stages_of_others_as_they_were():
+    small = make_design(DesignPlan(n_runs=16, stages=3, panel_mixtures=0), 3)
+    large = make_design(DesignPlan(n_runs=48, stages=3, panel_mixtures=0), 3)
+    assert small.stage_mixture_NSD is not None and large.stage_mixture_NSD is not None
+
+    np.testing.assert_array_equal(large.stage_mixture_NSD[:16], small.stage_mixture_NSD)
+
+
+@pytest.mark.parametrize("stages", [0, 6])
+def test_stages_must_be_few(stages):
+    with pytest.raises(ConfigError, match=rf"design\.stages must be 1 to 5, got {stages}"):
+        DesignPlan(stages=stages)

@@ -2,7 +2,15 @@ from dataclasses import replace
 
 import pytest
 
-from causalmix_pipeline.core.price import Calibration, Rates, Workload, over_budget, price
+from causalmix_pipeline.core.price import (
+    Calibration,
+    Rates,
+    Workload,
+    over_budget,
+    price,
+    scaled,
+    total,
+)
 
 CALIBRATION = Calibration(3.0, 0.5, 0.02, 4096, "measured")
 WORK = Workload(
@@ -61,3 +69,25 @@ def test_every_limit_that_is_broken_is_told_with_its_value():
     assert "budget.max_hours allows 0.01 hours" in told[0] and "100 proxy runs" in told[0]
     assert "budget.max_cost allows 0.5 EUR" in told[1] and told[1].endswith("take 1.5")
     assert over_budget(found, {"max_hours": 1.0, "max_gpu_hours": None, "max_cost": None}) == []
+
+
+def test_runs_that_cost_more_each_are_priced_by_the_factor():
+    found = price(WORK, CALIBRATION, Rates(None, 1.0))
+
+    twice = scaled(found, 2.0)
+    for name in ("hours", "core hours", "cost", "FLOPs to train", "CPU seconds a run"):
+        assert twice[name] == pytest.approx(2 * found[name])
+    assert twice["to train"] == found["to train"]
+    assert scaled(found, 1.0) == found
+
+
+def test_kinds_of_runs_are_added_up_and_one_kind_is_as_it_was():
+    first = price(WORK, CALIBRATION, Rates())
+    second = price(replace(WORK, n_pending=3, scratch_bytes=10), CALIBRATION, Rates())
+
+    both = total([first, second])
+    assert both["hours"] == pytest.approx(first["hours"] + second["hours"])
+    assert both["to train"] == 103 and both["cost"] is None
+    assert both["scratch bytes"] == 20
+    assert both["million tokens a run"] == first["million tokens a run"]
+    assert total([first]) == first

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from causalmix_pipeline.automation.conditions import LIVE_SIDE_NAMES
-from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, VALIDATION
+from causalmix_pipeline.automation.jobs import COVARIATE_CHOICE, RIVALS, VALIDATION
 from causalmix_pipeline.automation.staleness import refresh
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.definitions import build_definitions
@@ -121,7 +121,8 @@ def test_a_project_refreshes_on_postgres_by_hand_and_by_a_daemon(on_postgres):
         observe_pool(instance, settings, EXPERIMENT_POOL)
         observe_pool(instance, settings, LIVE_POOL)
 
-        made = refresh(defs, instance, dg.AssetSelection.all() - VALIDATION - COVARIATE_CHOICE)
+        on_request = VALIDATION | COVARIATE_CHOICE | RIVALS
+        made = refresh(defs, instance, dg.AssetSelection.all() - on_request)
 
         assert {"cate_model", "recommended_mixture"} <= {key.path[-1] for key in made}
         assert refresh(defs, instance, dg.AssetSelection.assets(*LIVE_SIDE_NAMES)) == []

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.resources.progress import (
@@ -89,3 +91,19 @@ def test_a_long_study_is_looked_at_every_tenth_of_its_runs():
         progress.on_done([finished(spec)])
 
     assert looks == list(range(10, 101, 10))
+
+
+def test_larger_proxies_count_for_more_of_the_time_that_is_left():
+    config = ProxyConfig(hidden=128, layers=4)
+    large = replace(SPEC, config=config)
+    specs = [SPEC, large]
+    progress = TrainingProgress(specs, "runs trained", print, lambda now: None, every=60)
+    times = config.flops / ProxyConfig().flops
+
+    progress.on_done([finished(SPEC)])
+
+    done, whole = progress.work
+    assert (whole - done) / done == pytest.approx(times)
+    assert times > 5
+    progress.on_failed(large, "no reason")
+    assert progress.work[0] == progress.work[1]

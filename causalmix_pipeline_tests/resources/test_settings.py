@@ -59,6 +59,19 @@ def refusal(**raw) -> str:
             "policy.fixed_mixture must sum to 1",
             "got 0.9",
         ),
+        ({"compare": {"controllers": {"exp3": {}}}}, "compare.controllers must be", "'exp3'"),
+        (
+            {"compare": {"controllers": {"doremi": {"eta": 1.0}}}},
+            "compare.controllers.doremi must have settings among",
+            "'eta'",
+        ),
+        ({"compare": {"larger": {"depth": 2}}}, "compare.larger.depth", "known: hidden"),
+        ({"compare": {"larger": {"hidden": "64"}}}, "compare.larger must hold numbers", "'64'"),
+        (
+            {"compare": {"larger": {"hidden": 64}}, "proxy": {"pretrained": "x"}},
+            "compare.larger must be empty with proxy.pretrained",
+            "{'hidden': 64}",
+        ),
     ],
 )
 def test_a_broken_rule_names_the_field_and_the_value(raw, field, value):

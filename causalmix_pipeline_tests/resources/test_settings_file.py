@@ -41,7 +41,7 @@ def refusal(tmp_path, raw) -> list[str]:
             "",
         ),
         ({"sede": 1}, "sede is no setting; known here: data_dir, storage, pools", "seed."),
-        ({"design": {"n_run": 8}}, "design.n_run is no setting; known here: n_runs", "seed."),
+        ({"design": {"n_run": 8}}, "design.n_run is no setting; known here: n_runs", "stages."),
         ({"tasks": [{"name": "math"}]}, "tasks[0].path must be given, got nothing: JSONL", ""),
         ({"tasks": [TASK | {"name": "A b"}]}, "tasks[0].name must match pattern", "underscores."),
         (
