@@ -189,8 +189,7 @@ def print_planned_top_ups(out: Console, work) -> None:
         except FileNotFoundError:
             continue
         if n_runs:
-            of_pool = "" if pool is None else f" of {pool}"
-            out.print(f"{top_up_price(work, n_runs, of_pool)} Train it: causalmix refresh --top-up")
+            out.print(f"{top_up_price(work, n_runs, pool)} Train it: causalmix refresh --top-up")
 
 
 def free_bytes(root: str | Path) -> float | None:
@@ -320,22 +319,24 @@ def train_top_up(out: Console, work, pool: str | None, tags: Mapping[str, str]) 
     if not n_runs:
         out.print(f"No top-up{of_pool}: the pool is within reach of the proxy runs.")
         return []
-    out.print(top_up_price(work, n_runs, of_pool))
+    out.print(top_up_price(work, n_runs, pool))
     made = work.top_up(pool, tags=tags)
     return made if pool is None else [f"{name} ({pool})" for name in made]
 
 
-def top_up_price(work, n_runs: int, of_pool: str = "") -> str:
-    """A sentence on what a top-up costs."""
+def top_up_price(work, n_runs: int, pool: str | None) -> str:
+    """A sentence on what a top-up of a live pool costs."""
     from causalmix_pipeline.assets.design import specs_of
     from causalmix_pipeline.assets.plan import price_runs
     from causalmix_pipeline.assets.sizes import top_up_config
     from causalmix_pipeline.console import hours_text
+    from causalmix_pipeline.core.runs import RunTable
     from causalmix_pipeline.resources.project import Project
 
     project = Project(config_file=str(work.config_file.resolve()))
-    design = work.value("mixture_design")
-    config = top_up_config(project.settings, design)
+    design, runs = work.value("mixture_design"), RunTable.from_frame(work.value("run_table"))
+    state_DP = work.value("live_covariates", pool).select(runs.covariates).to_numpy()
+    config = top_up_config(design, runs, state_DP)
     specs = [
         spec
         for spec, own in zip(specs_of(project, design), design["config"], strict=True)
@@ -344,6 +345,7 @@ def top_up_price(work, n_runs: int, of_pool: str = "") -> str:
     with work.quiet_log():
         found = price_runs(project, specs, n_runs)
     cost = "" if found["cost"] is None else f", {found['cost']:,.2f} {escape(found['currency'])}"
+    of_pool = "" if pool is None else f" of {pool}"
     return f"Top-up{of_pool}: {n_runs} proxy runs, about {hours_text(found['hours'])} here{cost}."
 
 

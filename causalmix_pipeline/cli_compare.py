@@ -68,10 +68,12 @@ def refuse_stale_model(work: Any) -> None:
 
 
 def price_line(work: Any, n_states: int, n_seeds: int) -> str:
-    """What a comparison costs at most, in a sentence."""
-    from causalmix_pipeline.assets.contest import prepare_contest, stand_ins
+    """What a comparison costs at most where nothing is trained yet, in a sentence."""
+    from causalmix_pipeline.assets.contest import prepare_contest
+    from causalmix_pipeline.assets.entrants import stand_ins
     from causalmix_pipeline.assets.plan import price_runs
     from causalmix_pipeline.console import hours_text
+    from causalmix_pipeline.core.rivals import nothing_read, untrained, weighted_score
     from causalmix_pipeline.resources.project import Project
 
     project = Project(config_file=str(work.config_file.resolve()))
@@ -81,17 +83,19 @@ def price_line(work: Any, n_states: int, n_seeds: int) -> str:
             work.value("tokenizer"),
             work.value("experiment_documents"),
             work.value("mixture_design"),
-            lambda states: stand_ins(project.settings, states),
+            lambda states, sizes: stand_ins(project.settings, states, sizes),
             n_states=n_states,
             n_seeds=n_seeds,
         )
-        price = price_runs(project, contest.to_price())
+        specs = contest.to_price(nothing_read, weighted_score(project.settings.task_weights))
+        price = price_runs(project, [untrained(spec) for spec in specs])
     sizes = " and ".join(size.name for size in contest.sizes)
     cost = "" if price["cost"] is None else f", {price['cost']:,.2f} {escape(price['currency'])}"
     return (
         f"Rivals on {n_states} new pool states, {seeds_text(n_seeds)}, as {escape(sizes)}, the "
-        f"search over controllers' settings included: at most {price['to train']:,} runs, about "
-        f"{hours_text(price['hours'])} here{cost}. Runs that are in the store aren't trained again."
+        f"search over controllers' settings included: if nothing were trained yet, at most "
+        f"{price['to train']:,} runs, about {hours_text(price['hours'])} here{cost}. Runs that are "
+        "in the store aren't trained again."
     )
 
 

@@ -52,7 +52,8 @@ def recommend_next_stage(
     if out is not None:
         import polars as pl
 
-        shares = dict(zip(found.domains, found.row["mixture"], strict=True))
+        pairs = zip(found.domains, found.row["mixture"], strict=True)
+        shares = {f"share__{domain}": share for domain, share in pairs}
         gain = {name: found.row[name] for name in ("gain", "low", "high", "verdict")}
         write_frame(pl.DataFrame([{"stage": found.row["stage"], **shares, **gain}]), out)
         console.print(f"1 row: {escape(str(out))}")

@@ -311,7 +311,8 @@ def rivals_table(rows: Sequence[Mapping], base: str) -> Table:
         base: whom gains are measured from.
     """
     columns = ["rival", f"gain over {base}", "ahead", "ours more by", "FLOPs", "tokens searched"]
-    table = new_table(columns, left=["rival"])
+    diverged = any(row["diverged"] for row in rows)
+    table = new_table([*columns, *(["diverged"] if diverged else [])], left=["rival"])
     for row in rows:
         searched = row["search_tokens"] + row["state_search_tokens"]
         table.add_row(
@@ -321,6 +322,7 @@ def rivals_table(rows: Sequence[Mapping], base: str) -> Table:
             "" if row["ours"] is None else with_se(row["ours"], row["ours_se"]),
             f"{row['total_flops']:.1e}",
             count_text(searched) if searched else "none",
+            *([str(row["diverged"])] if diverged else []),
         )
     return table
 

@@ -28,6 +28,7 @@ LANGUAGES = ("sh", "python", "yaml", "text")
 
 #: Make's targets: too long for here. Each names the test that runs what it does.
 MAKE_TARGETS = {
+    "compare": "assets/test_rivals.py::compared_project",
     "demo": "test_demo.py::test_the_story_is_told_twice_and_trains_once",
     "ui": "browser/test_ui.py::",
     "test": "test_docs.py::",
@@ -36,6 +37,7 @@ MAKE_TARGETS = {
 
 #: Commands of ours that aren't run here, and the test that runs each.
 RUN_ELSEWHERE = {
+    "compare": "assets/test_rivals.py::compared_project",
     "demo": "test_demo.py::test_the_story_is_told_twice_and_trains_once",
     "fetch-scorer": "adapters/test_scorer_weights.py::",
 }

@@ -20,6 +20,7 @@ from causalmix_pipeline.console import (
     print_binding,
     print_gain,
     print_verdict,
+    rivals_table,
     signal_table,
     top_up_table,
 )
@@ -239,6 +240,32 @@ def test_a_plan_without_price_and_limit_says_where_to_set_them():
 
     assert "money no price is set (budget.price_per_core_hour, budget.price_per_gpu_hour)" in lines
     assert "budget no limit is set" in lines
+
+
+def rival(name: str, **changes) -> dict:
+    """A row of the comparison's table, of a rival without any outcome."""
+    row = dict.fromkeys(("gain", "se", "ours", "ours_se"))
+    counts = {"ahead": 0, "states": 0, "diverged": 0, "total_flops": 2e9}
+    return row | counts | {"entrant": name, "search_tokens": 0, "state_search_tokens": 0} | changes
+
+
+def test_the_rivals_table_tells_gains_their_errors_and_the_search():
+    equal = rival("equal", gain=0.0, se=0.0, ahead=0, states=4, ours=0.0125, ours_se=None)
+    doremi = rival("doremi", gain=0.05, se=0.01, ahead=3, states=4, state_search_tokens=2_000_000)
+
+    text = printed(rivals_table([equal, doremi, rival("grid")], "equal"))
+
+    assert "gain over equal" in text and "diverged" not in text
+    assert "+0.0500 ± 0.0100" in text and "3 of 4" in text and "2.0e+09" in text
+    assert "+0.0125" in text and "+0.0000" not in text
+    assert text.count("unknown") == 1 and text.count("none") == 2
+
+
+def test_the_rivals_table_has_a_column_of_diverged_runs_only_where_there_are_some():
+    text = printed(rivals_table([rival("equal"), rival("doremi", diverged=7)], "equal"))
+
+    assert "diverged" in text and text.endswith("none 7")
+    assert text.count("unknown") == 1  # equal shares gain 0 over themselves, whatever diverged
 
 
 def test_the_power_table_shows_what_runs_can_tell():

@@ -48,7 +48,8 @@ def read_checkpoint(path: Path, domains: Sequence[str]) -> Checkpoint:
         domains: those that it must tell of, in the order of the arrays.
 
     Raises:
-        ConfigError: if there is no such file, a domain is missing or unknown, or a number is.
+        ConfigError: if there is no such file, a domain is missing, unknown or given twice, or a
+            number is missing or can't be.
         EstimationError: if a table can't be read.
     """
     rows, fractions = _rows(path)
@@ -59,8 +60,9 @@ def read_checkpoint(path: Path, domains: Sequence[str]) -> Checkpoint:
             f"add or drop {', '.join(odd)}."
         )
     if len(fractions) != 1:
+        told = ", ".join(sorted(map(str, fractions)))
         raise ConfigError(
-            f"{path.name}: fraction must be one number for all domains, got {sorted(fractions)}: "
+            f"{path.name}: fraction must be one number for all domains, got {told or 'none'}: "
             "write the same in each row."
         )
     fraction = _number(path, "fraction", fractions.pop())
@@ -77,7 +79,38 @@ def read_checkpoint(path: Path, domains: Sequence[str]) -> Checkpoint:
         name: None if None in values else np.array(values, dtype=float)
         for name, values in columns.items()
     }
+    _check_tokens(path, fraction, dict(zip(domains, columns["tokens"], strict=True)))
     return Checkpoint(fraction, arrays["loss"], arrays["slope"], arrays["tokens"])
+
+
+def _check_tokens(path: Path, fraction: float, tokens: Mapping[str, float | None]) -> None:
+    """Refuse tokens that can't be: they limit what is left of a domain."""
+    if all(count is None for count in tokens.values()):
+        return
+    for domain, count in tokens.items():
+        if count is None or count < 0:
+            raise ConfigError(
+                f"{path.name}: tokens of {domain} must be 0 or more, as other domains have them, "
+                f"got {'none' if count is None else f'{count:g}'}: correct it, or leave tokens out "
+                "for all domains."
+            )
+    if fraction > 0 and not any(tokens.values()):
+        raise ConfigError(
+            f"{path.name}: tokens of {', '.join(tokens)} must not all be 0 at fraction "
+            f"{fraction:g}: write what was read so far, or leave tokens out for all domains."
+        )
+
+
+def _by_domain(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs by domain, each given once."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"{path.name}: each domain must be given once, got {', '.join(twice)} more than once: "
+            "keep one of them."
+        )
+    return dict(pairs)
 
 
 def _rows(path: Path) -> tuple[dict[str, Mapping[str, Any]], set[Any]]:
@@ -91,12 +124,22 @@ def _rows(path: Path) -> tuple[dict[str, Mapping[str, Any]], set[Any]]:
                 f"{', '.join(table.frame.columns)}: add {', '.join(sorted(lacking))}."
             )
         rows = table.frame.to_dicts()
-        return {str(row["domain"]): row for row in rows}, {row["fraction"] for row in rows}
+        by_domain = _by_domain(path, [(str(row["domain"]), row) for row in rows])
+        for domain, row in by_domain.items():
+            if row["fraction"] is None or row["fraction"] == "":
+                raise ConfigError(
+                    f"{path.name}: fraction of {domain} must be a number, got none: write the same "
+                    "in each row."
+                )
+        return by_domain, {row["fraction"] for row in rows}
     if not path.is_file():
         raise ConfigError(f"--checkpoint must be a CSV or JSON file, got {path}: no such file.")
     try:
-        values = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        values = json.loads(text, object_pairs_hook=lambda pairs: _by_domain(path, pairs))
         return {name: dict(row) for name, row in values["domains"].items()}, {values["fraction"]}
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path.name} must be JSON with fraction and domains, got {type(error).__name__} "

@@ -90,7 +90,7 @@ def _better(data: ReportData, gain: Mapping[str, Any]) -> Sentence:
     return (
         f"{signed_text(gain['gain'])} {unit} over the reference mixture (",
         Name(data.reference_name),
-        "), weighted over the tasks.",
+        "), weighted over the tasks. Take it as an upper guess.",
     )
 
 

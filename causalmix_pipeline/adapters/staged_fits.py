@@ -40,12 +40,12 @@ class StageFits:
 
 
 class Remembering:
-    """Makes estimators for stages; hyper-parameters are searched once a stage and table."""
+    """Makes estimators for stages; hyper-parameters are searched once a stage and set of runs."""
 
     def __init__(self, chosen: Mapping[str, str], seed: int) -> None:
         """Remember nothing yet; `chosen` names the estimator of each task."""
         self.chosen, self.seed = dict(chosen), seed
-        self.known: dict[tuple[int, tuple[str, ...]], Mapping] = {}
+        self.known: dict[tuple, Mapping] = {}
 
     def __call__(self, stage: int, runs: RunTable) -> EffectEstimator:
         """An unfitted estimator."""
@@ -53,7 +53,7 @@ class Remembering:
 
     def parameters(self, stage: int, runs: RunTable) -> Mapping:
         """The hyper-parameters of a stage, searched on these runs the first time."""
-        key = (stage, runs.covariates)
+        key = (stage, runs.covariates, runs.run_ids)  # without a fold's runs, nothing of theirs
         if key not in self.known:
             fitted = CombinedEstimator(self.chosen, self.seed).fit(runs)
             self.known[key] = fitted.parameters()["members"]
@@ -77,12 +77,16 @@ def fit_stages(
         weights: weight of each task.
         guarded: tasks with a guard rail.
         seed: of folds and estimators.
-        checkpoint: whether the effects of later stages may depend on the checkpoint.
+        checkpoint: whether the effects of later stages may depend on the checkpoint; they don't
+            where some losses weren't measured, and no checkpoint is predicted then.
     """
     tasks = tuple(t for t in staged.runs.tasks if weights.get(t, 0) > 0 or t in guarded)
     staged = replace(staged, runs=staged.runs.select_tasks(tasks))
+    measured = not staged.unmeasured()
+    checkpoint = checkpoint and measured
     make = Remembering({task: chosen[task] for task in tasks}, seed)
     parts = part_stages(staged, make, seed=seed)
+    make.known.clear()  # searched while the outcomes still held the other stages' effects
     models = []
     for stage, part in enumerate(parts):
         table = staged.table(stage, part.table.outcome_NT, checkpoint=checkpoint)
@@ -91,7 +95,7 @@ def fit_stages(
         models.append(StageModel(stage, table, estimator))
     return StageFits(
         models,
-        [CheckpointModel.fit(staged, stage, seed) for stage in range(staged.n_stages - 1)],
+        [CheckpointModel.fit(staged, k, seed) for k in range(staged.n_stages - 1) if measured],
         tasks,
         np.array([float(weights.get(task, 0)) for task in tasks]),
     )

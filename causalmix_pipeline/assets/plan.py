@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,25 @@ def budget_breaches(project: Project, price: Mapping[str, Any]) -> list[str]:
     return over_budget(price, limits)
 
 
+@dataclass(frozen=True)
+class WaysOut:
+    """What to do about training that is over the budget.
+
+    Attributes:
+        settings: those that make it less.
+        command: agrees to it once.
+    """
+
+    settings: str = "design.n_runs, proxy.preset"
+    command: str = "`causalmix refresh --train --over-budget` (a top-up: `--top-up` for `--train`)"
+
+
 def refuse_over_budget(
-    project: Project, specs: Sequence[ProxySpec], tags: Mapping[str, str]
+    project: Project,
+    specs: Sequence[ProxySpec],
+    tags: Mapping[str, str],
+    *,
+    ways_out: WaysOut = WaysOut(),
 ) -> None:
     """Refuse to train what costs more than the budget, unless a person agreed to this run.
 
@@ -202,6 +219,7 @@ def refuse_over_budget(
         project: its budget, run store and kept calibration.
         specs: the runs of the design.
         tags: of the Dagster run; `OVER_BUDGET_TAG` is the agreement.
+        ways_out: for the message.
 
     Raises:
         ConfigError: naming the limit, the price and the ways out.
@@ -219,16 +237,15 @@ def refuse_over_budget(
         return
     breaches = budget_breaches(project, price_runs(project, specs))
     if breaches:
-        raise ConfigError(budget_message(breaches))
+        raise ConfigError(budget_message(breaches, ways_out))
 
 
-def budget_message(breaches: Sequence[str]) -> str:
+def budget_message(breaches: Sequence[str], ways_out: WaysOut = WaysOut()) -> str:
     """What is over the budget, and the ways out."""
     return (
-        f"{'; '.join(breaches)}: train fewer or smaller runs (design.n_runs, proxy.preset), raise "
-        "the limit, or agree to this once: `causalmix refresh --train --over-budget` (a top-up: "
-        "`--top-up` for `--train`; rivals: `causalmix compare --over-budget`), in the UI a "
-        f"run with the tag {OVER_BUDGET_TAG}: yes."
+        f"{'; '.join(breaches)}: train fewer or smaller runs ({ways_out.settings}), raise the "
+        f"limit, or agree to this once: {ways_out.command}, in the UI a run with the tag "
+        f"{OVER_BUDGET_TAG}: yes."
     )
 
 

@@ -176,15 +176,18 @@ def describe_gains(
 
 
 def describe_tasks(
-    runs: RunTable, choice: Recommendation, weights_T: np.ndarray, predicted_T: np.ndarray
+    runs: RunTable, choice: Recommendation, weights_T: np.ndarray, loss_T: np.ndarray
 ) -> list[dict]:
-    """Gain of each task with its interval, and the loss predicted for the reference mixture."""
+    """Gain of each task with its interval, and the loss predicted for the reference mixture.
+
+    The loss is null for a model of a size beyond those trained: a level isn't read on.
+    """
     return [
         {
             "task": task,
             "weight": float(weights_T[t]),
             **interval(choice.gain_T[t], choice.gain_se_T[t]),
-            "reference_bits_per_byte": known(-predicted_T[t]),
+            "reference_bits_per_byte": known(loss_T[t]),
         }
         for t, task in enumerate(runs.tasks)
     ]
@@ -245,6 +248,9 @@ def choose_mixture(
             gain_T=by_task.mean_MT[0],
             gain_se_T=by_task.se_MT[0] * reach.doubt,
         )
+    loss_T = -estimator.predict(state_DP, reference_D[None])[0]
+    if reach.size is not None and reach.size.distance:  # it is of the size that is read at
+        loss_T = np.full_like(loss_T, math.nan)
     mixtures = {"recommended": choice.mixture_D} | {
         name: baselines[name].to_numpy() for name in baselines.columns if name != "domain"
     }
@@ -267,9 +273,7 @@ def choose_mixture(
             weights_T,
             reach,
         ),
-        "task_gains": describe_tasks(
-            runs, choice, weights_T, estimator.predict(state_DP, reference_D[None])[0]
-        ),
+        "task_gains": describe_tasks(runs, choice, weights_T, loss_T),
         "slack": choice.slack.to_dicts(),
         "only_reference": choice.only_reference,
         "unconstrained": choice.unconstrained_D.tolist(),

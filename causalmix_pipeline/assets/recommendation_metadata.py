@@ -30,7 +30,10 @@ def recommendation_metadata(value: Mapping[str, Any]) -> dict[str, Any]:
     """Verdict, gain, weights, rivals, tasks, limits and top-ups of a `recommended_mixture`."""
     domains, shares = value["domains"], value["mixtures"]
     best = shares["recommended"]
-    metadata: dict[str, Any] = {"in short": in_short(value), "verdict": value["verdict"]}
+    metadata: dict[str, Any] = {
+        "in short": dg.MetadataValue.md(in_short(value)),  # a text is cut at the cell's edge
+        "verdict": value["verdict"],
+    }
     for name in ("gain", "low", "high"):
         if value[name] is not None:
             key = "gain" if name == "gain" else f"gain, {name} end of 90% interval"
@@ -57,7 +60,7 @@ def recommendation_metadata(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_short(value: Mapping[str, Any]) -> str:
-    """Verdict, gain and its interval in a sentence."""
+    """Verdict, gain and its interval in a sentence; it has no name from data."""
     verdict = value["verdict"]
     meaning = size_words(verdict, value.get("size")) or MEANINGS[verdict]
     start = f"{verdict}: {meaning}."

@@ -7,9 +7,10 @@ import dagster as dg
 import polars as pl
 
 from causalmix_pipeline.adapters.sealed_frames import content_digest
-from causalmix_pipeline.assets.contest import Contest, entrants_of, prepare_contest, schedules_of
+from causalmix_pipeline.assets.contest import Contest, prepare_contest
+from causalmix_pipeline.assets.entrants import entrants_of, schedules_of
 from causalmix_pipeline.assets.pictures import markdown_table
-from causalmix_pipeline.assets.plan import refuse_over_budget
+from causalmix_pipeline.assets.plan import WaysOut, refuse_over_budget
 from causalmix_pipeline.assets.proxy import TRAINING_POOL, read_records, train_watched
 from causalmix_pipeline.assets.small_pictures import Interval, interval_picture
 from causalmix_pipeline.core.controller_tuning import tune
@@ -26,6 +27,12 @@ from causalmix_pipeline.resources.settings import Settings
 #: Tags of a Dagster run that take the place of `compare.states` and `compare.seeds` in it.
 STATES_TAG, SEEDS_TAG = "causalmix/compare_states", "causalmix/compare_seeds"
 
+#: What to do about a comparison over the budget.
+WAYS_OUT = WaysOut(
+    "compare.states, compare.seeds, compare.tuning_runs, compare.controllers",
+    "`causalmix compare --over-budget`",
+)
+
 
 def count_of(tags: Mapping[str, str], tag: str, default: int) -> int:
     """The number that a tag of the run gives, else the settings' one.
@@ -37,6 +44,11 @@ def count_of(tags: Mapping[str, str], tag: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"the tag {tag} must be a whole number >= 1, got {text!r}: correct it.")
     return int(text)
+
+
+def read_kept(project: Project, spec: ProxySpec) -> ProxyRecord | None:
+    """The record of a run; None where it has none, or a damaged one, which is trained again."""
+    return None if project.run_store.missing([spec]) else project.run_store.get(spec.key)
 
 
 @dg.asset(
@@ -72,13 +84,15 @@ def rivals(
         tokenizer,
         experiment_documents,
         mixture_design,
-        lambda states: entrants_of(
-            settings, runs, cate_model, states, tell=tell, schedule_of=schedule_of
+        lambda states, sizes: entrants_of(
+            settings, runs, cate_model, states, sizes, tell=tell, schedule_of=schedule_of
         ),
         n_states=count_of(tags, STATES_TAG, settings.compare.states),
         n_seeds=count_of(tags, SEEDS_TAG, settings.compare.seeds),
     )
-    refuse_over_budget(project, contest.to_price(), tags)
+    score = weighted_score(settings.task_weights, settings.task_directions)
+    to_price = contest.to_price(lambda spec: read_kept(project, spec), score)
+    refuse_over_budget(project, to_price, tags, ways_out=WAYS_OUT)
     trained = 0
 
     def train(specs: Sequence[ProxySpec]) -> list[ProxyRecord]:
@@ -134,6 +148,7 @@ def rivals_metadata(value: Mapping) -> dict[str, Any]:
     }
     for size in value["sizes"]:
         rows = [row for row in value["table"] if row["size"] == size]
+        diverged = any(row["diverged"] for row in rows)
         found[f"{size}: gain over equal (dot, 90% interval)"] = interval_picture(
             [Interval(row["entrant"], row["gain"], *ends(row)) for row in rows], f"gains {size}"
         )
@@ -141,11 +156,10 @@ def rivals_metadata(value: Mapping) -> dict[str, Any]:
             [
                 {
                     "rival": row["entrant"],
-                    "gain over equal": row["gain"],
-                    "± se": row["se"],
+                    "gain over equal": with_se(row["gain"], row["se"]),
                     "ahead": f"{row['ahead']}/{row['states']}",
-                    "ours more": row["ours"],
-                    "± se of it": row["ours_se"],
+                    "ours more": with_se(row["ours"], row["ours_se"]),
+                    **({"diverged": row["diverged"]} if diverged else {}),
                 }
                 for row in rows
             ]
@@ -163,6 +177,13 @@ def rivals_metadata(value: Mapping) -> dict[str, Any]:
         ]
     )
     return found
+
+
+def with_se(value: float | None, se: float | None) -> str:
+    """A number and its standard error; nothing where it isn't known."""
+    if value is None:
+        return ""
+    return f"{value:+.3f}" if se is None else f"{value:+.3f} ± {se:.3f}"
 
 
 def ends(row: Mapping) -> tuple[float | None, float | None]:

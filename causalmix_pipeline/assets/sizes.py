@@ -16,6 +16,7 @@ from causalmix_pipeline.core.proxy_runs import ProxySpec
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.scale import (
     SIZE_COVARIATE,
+    at_trained_size,
     log2_parameters,
     nearest_size,
     sizes_of_states,
@@ -72,12 +73,20 @@ def with_target(settings: Settings, live_covariates: pl.DataFrame) -> pl.DataFra
     return live_covariates.with_columns(pl.lit(settings.target_size).alias(SIZE_COVARIATE))
 
 
-def top_up_config(settings: Settings, mixture_design: pl.DataFrame) -> str:
-    """The recipe of top-ups, as JSON: the design's; of several sizes the nearest to the target."""
+def top_up_config(mixture_design: pl.DataFrame, runs: RunTable, state_DP: np.ndarray) -> str:
+    """The recipe of top-ups, as JSON: the design's; of several sizes the one they're planned at.
+
+    Args:
+        mixture_design: with the recipe of each run.
+        runs: the run table.
+        state_DP: the live pool's covariates, the size that is asked for among them.
+    """
     configs = mixture_design["config"].unique(maintain_order=True).to_list()
-    if not settings.proxy.sizes:
+    if SIZE_COVARIATE not in runs.covariates:
         return configs[0]
-    return configs[nearest_size([size_of(config) for config in configs], settings.target_size)]
+    column = runs.covariates.index(SIZE_COVARIATE)
+    size = float(at_trained_size(runs, state_DP)[0, column])
+    return configs[nearest_size([size_of(config) for config in configs], size)]
 
 
 def make_size_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:

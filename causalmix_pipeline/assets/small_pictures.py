@@ -143,7 +143,19 @@ class Interval:
 
 
 def interval_picture(rows: Sequence[Interval], name: str) -> dg.MarkdownMetadataValue:
-    """Estimates as dots with intervals as lines, a vertical line at 0."""
+    """Estimates as dots with intervals as lines, a vertical line at 0.
+
+    The numbers are left out where with them it doesn't fit inline; a table beside it has them.
+    """
+    pictures = [_interval_parts(rows, numbers=numbers) for numbers in (True, False)]
+    for parts, width, height in pictures:
+        if len(small_picture(parts, width, height, name)) < INLINE_LIMIT:
+            return inline_picture(parts, width, height, name)
+    return inline_picture(*pictures[0], name)
+
+
+def _interval_parts(rows: Sequence[Interval], *, numbers: bool) -> tuple[list[str], int, int]:
+    """Parts of the picture, its width and its height."""
     known = [v for row in rows for v in (row.value, row.low, row.high) if v is not None]
     low, high = min([0.0, *known]), max([0.0, *known])
     labels = [plain(row.label, 18) for row in rows]
@@ -157,9 +169,8 @@ def interval_picture(rows: Sequence[Interval], name: str) -> dg.MarkdownMetadata
     for d, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = ROW * d + 12
         shown = "unknown" if row.value is None else f"{row.value:+.3g}"
-        texts += (
-            f"<text y='{y + 4}'>{html.escape(label)}<tspan x='{left + 212}'>{shown}</tspan></text>"
-        )
+        number = f"<tspan x='{left + 212}'>{shown}</tspan>" if numbers else ""
+        texts += f"<text y='{y + 4}'>{html.escape(label)}{number}</text>"
         if row.low is not None and row.high is not None:
             lines += f"M{at(row.low)} {y}H{at(row.high)}"
         if row.value is not None:
@@ -170,4 +181,4 @@ def interval_picture(rows: Sequence[Interval], name: str) -> dg.MarkdownMetadata
         f"<path d='{lines}' stroke='{TEXT}' stroke-width='2'/>",
         f"<path d='{dots}' stroke='{MAIN}' stroke-width='7' stroke-linecap='round'/>",
     ]
-    return inline_picture(parts, left + 290, ROW * len(rows) + 4, name)
+    return parts, left + (290 if numbers else 212), ROW * len(rows) + 4

@@ -25,6 +25,7 @@ from causalmix_pipeline.core.stage_schedule import (
     StageChoice,
     StageObjective,
     joint_gain,
+    joint_over_static,
     roll_schedule,
 )
 from causalmix_pipeline.core.stage_trial import StageTrial, stage_matters
@@ -32,6 +33,9 @@ from causalmix_pipeline.core.stages import StagedRuns
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
 from causalmix_pipeline.resources.settings import Settings
+
+#: Gain of a schedule over the static mixture, and the ends of its 90% interval.
+OVER_STATIC = ("gain_over_static", "low_over_static", "high_over_static")
 
 
 def staged_runs(
@@ -64,6 +68,28 @@ def staged_runs(
     )
 
 
+def unmeasured_sentence(staged: StagedRuns) -> str:
+    """Why checkpoints aren't used; empty where they are."""
+    told = ", ".join(f"{name} in {count} runs" for name, count in staged.unmeasured().items())
+    if not told:
+        return ""
+    return (
+        f"Checkpoints aren't used: runs don't measure a domain that they never read ({told} of "
+        f"{staged.runs.n_runs}). Stages are chosen by the pool alone; a design.strength_range of "
+        "larger numbers gives every domain a share."
+    )
+
+
+def trial_figures(trial: StageTrial) -> dict[str, float]:
+    """What both tests found, for the check's metadata."""
+    return {
+        "added R2": trial.added,
+        "p": trial.p,
+        "added R2 of own effects": trial.r2_own - trial.r2_scaled,
+        "p of own effects": trial.p_own,
+    }
+
+
 def trial_of(settings: Settings, staged: StagedRuns) -> StageTrial:
     """Whether the stage matters for the objective of the settings."""
     return stage_matters(staged, weights_of(settings, staged.runs), seed=settings.seed)
@@ -79,7 +105,8 @@ def trial_of(settings: Settings, staged: StagedRuns) -> StageTrial:
             "stage_matters",
             asset="stage_table",
             description="In which stage a mixture comes tells the outcome, more than placebos with "
-            "permuted stages (5%). Where it doesn't, the static mixture is recommended.",
+            "permuted stages, and by effects of each stage's own, not by its weight alone (5% "
+            "each). Where it doesn't, the static mixture is recommended.",
         )
     ],
 )
@@ -108,6 +135,7 @@ def stage_table(
             "runs": float(staged.runs.n_runs),
             "stages": float(staged.n_stages),
             "does the stage matter": trial.describe(),
+            **({"checkpoints": unmeasured_sentence(staged)} if staged.unmeasured() else {}),
             "mean loss, nats per token": by_domain_table(staged.runs.domains, losses, "checkpoint"),
         },
         check_results=[
@@ -116,8 +144,8 @@ def stage_table(
                 passed=trial.passed,
                 severity=dg.AssetCheckSeverity.WARN,
                 metadata={
-                    "in short": trial.describe(),
-                    **({} if trial.reason else {"added R2": trial.added, "p": trial.p}),
+                    "in short": dg.MetadataValue.md(trial.describe()),
+                    **({} if trial.reason else trial_figures(trial)),
                 },
             )
         ],
@@ -191,13 +219,15 @@ def choose_schedule(
         "gain": recommended["gain"],
         "low": recommended["low"],
         "high": recommended["high"],
-        "gain_over_static": None,
+        **dict.fromkeys(OVER_STATIC),
         "checkpoint_r2": [],
+        "note": unmeasured_sentence(staged),
     }
     if not trial.passed:
         return value
     live_DP = live_covariates.select(runs.covariates).to_numpy()
-    for checkpoint in (True, False):  # a predicted checkpoint may be out of reach, the pool not
+    tried = (False,) if staged.unmeasured() else (True, False)
+    for checkpoint in tried:  # a predicted checkpoint may be out of reach, the pool not
         fits = fit_project_stages(settings, staged, cate_model, checkpoint=checkpoint)
         objective = stage_objective(
             settings, fits, n_stages, live_covariates, baselines["reference"].to_numpy()
@@ -206,15 +236,16 @@ def choose_schedule(
         gain, se = joint_gain(choices)
         if math.isfinite(gain):
             break
-    over_static = gain - sum(choice.gain_static for choice in choices)
-    if not over_static > 0:
-        return value | {"gain_over_static": known(over_static)}
+    ends = interval(*joint_over_static(choices))
+    over_static = dict(zip(OVER_STATIC, ends.values(), strict=True))
+    if not (ends["low"] or 0.0) > 0:
+        return value | over_static
     return value | {
         "recommended": "schedule",
         "stages": [[1 / n_stages, choice.mixture_D.tolist()] for choice in choices],
         "rows": [stage_row(choice, n_stages) for choice in choices],
         **interval(gain, se),
-        "gain_over_static": known(over_static),
+        **over_static,
         "checkpoint_r2": [known(roll.r2) for roll in fits.rolls],
     }
 
@@ -244,9 +275,9 @@ def recommended_schedule(
     """A mixture for each stage of training on the live pool, and what the schedule should gain.
 
     Chosen stage by stage, each at the checkpoint that the ones before are predicted to leave. The
-    static mixture, where the stage isn't shown to matter, the live pool is out of reach, or nothing
-    is gained over it. Only where `design.stages` is above 1. Stale when the stage table, the live
-    covariates, the effect model, task weights or the policy change.
+    static mixture, where the stage isn't shown to matter, the live pool is out of reach, or the 90%
+    interval of the gain over it doesn't lie above 0. Only where `design.stages` is above 1. Stale
+    when the stage table, the live covariates, the effect model, task weights or the policy change.
     """
     value = choose_schedule(
         project.settings,
@@ -259,14 +290,16 @@ def recommended_schedule(
     mixtures = {f"stage {i + 1}": shares for i, (_, shares) in enumerate(value["stages"])}
     metadata: dict[str, Any] = {
         "recommended": value["recommended"],
-        "does the stage matter": value["sentence"],
+        "does the stage matter": dg.MetadataValue.md(value["sentence"]),
         "shares": by_domain_table(
             value["domains"], {**mixtures, "static": value["static"]}, "mixture"
         ),
     }
-    for name in ("gain", "low", "high", "gain_over_static"):
+    for name in ("gain", "low", "high", *OVER_STATIC):
         if value[name] is not None:
             metadata[name.replace("_", " ")] = number(value[name])
+    if value["note"]:
+        metadata["checkpoints"] = value["note"]
     if value["rows"]:
         hidden = ("mixture", "checkpoint_loss")
         rows = [{k: v for k, v in row.items() if k not in hidden} for row in value["rows"]]

@@ -85,19 +85,22 @@ def collect_top_up_runs(
         "domains": list(runs.domains),
         "scorers": list(scorers),
         "eval_hash": mixture_design["eval_hash"][0],
-        "config": top_up_config(project.settings, mixture_design),
         "code_version": CODE_VERSION,
     }
+    configs = set(mixture_design["config"])  # runs of any size of the design tell of the pool
     misfits, planned = set(), set()
     rows: dict[str, tuple] = {}
     for plan in read_top_up_plans(project.folder("top_ups")):
         fits = all(getattr(plan, name) == value for name, value in wanted.items())
+        fits = fits and plan.config in configs
         if not fits or not set(runs.covariates) <= set(plan.covariates):
             misfits |= set(plan.keys)
             continue
         state_DP = plan.state(runs.covariates)
+        has_sizes = SIZE_COVARIATE in runs.covariates
+        size = plan.covariates[SIZE_COVARIATE][0] if has_sizes else None
         for number, mixture, key in zip(plan.numbers, plan.mixtures, plan.keys, strict=True):
-            name = top_up_name(plan.state_hash, number)
+            name = top_up_name(plan.state_hash, number, size)
             planned.add(name)
             record = None if name in rows else _sound_record(project, key)
             if record is not None:
@@ -119,6 +122,7 @@ def _sound_record(project: Project, key: str) -> ProxyRecord | None:
 def specs_of_top_up(
     project: Project,
     mixture_design: pl.DataFrame,
+    config: str,
     mixtures: dict[int, np.ndarray],
     state_hash: str,
     tokens_hash: str,
@@ -128,6 +132,7 @@ def specs_of_top_up(
     Args:
         project: its seed and device.
         mixture_design: the experiment's own runs.
+        config: their recipe, see `top_up_config`.
         mixtures: by the number of the run.
         state_hash: of the live pool.
         tokens_hash: of its token store.
@@ -135,7 +140,6 @@ def specs_of_top_up(
     Raises:
         ConfigError: if proxy settings or engine changed since the design was made.
     """
-    config = top_up_config(project.settings, mixture_design)
     own = specs_of(project, mixture_design)[mixture_design["config"].to_list().index(config)]
     seeds = [
         int(np.random.SeedSequence([project.settings.seed, _SEED_PLACE, n]).generate_state(1)[0])
@@ -245,7 +249,8 @@ def train_top_up_runs(
     refuse_moved_pool(runs, live_documents, live_covariates)
     pool = pool_of_run(context, project.settings)
     hashes = keep_live_pool(project, pool, tokenizer, live_documents)
-    specs = specs_of_top_up(project, mixture_design, mixtures, *hashes)
+    config = top_up_config(mixture_design, runs, state_DP)
+    specs = specs_of_top_up(project, mixture_design, config, mixtures, *hashes)
     refuse_over_budget(project, specs, context.run.tags)
     plan = plan_of(mixture_design, mixtures, specs, live_covariates, normaliser)
     keep_top_up_plan(project.folder("top_ups"), plan)

@@ -32,6 +32,7 @@ from causalmix_pipeline.core.pool_state import Membership
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.proxy_runs import ProxySpec
+from causalmix_pipeline.core.scale import SAME_SIZE, log2_parameters
 from causalmix_pipeline.core.tasks import outcome_of
 from causalmix_pipeline.resources.frame_store import FRAME
 from causalmix_pipeline.resources.live_pools import LivePool, pool_of_run
@@ -139,6 +140,18 @@ def realised_gains(
     )
 
 
+def sizes_told(config: ProxyConfig | PretrainedConfig, size: dict | None) -> dict[str, str]:
+    """Both sizes, where the one validated isn't the one that the mixture is for."""
+    if size is None or not isinstance(config, ProxyConfig):
+        return {}
+    if abs(log2_parameters(config.n_parameters / size["parameters"])) <= SAME_SIZE:
+        return {}
+    return {
+        "size of the model": f"Validated with {config.n_parameters:,} parameters; the mixture and "
+        f"its predicted gain are for a model of {size['parameters']:,.0f}."
+    }
+
+
 @dg.asset(
     dagster_type=FRAME,
     group_name="recommendation",
@@ -193,6 +206,7 @@ def validation_runs(
         data_version=dg.DataVersion(content_digest(frame)),
         metadata={
             "trained now": float(progress.total),
+            **sizes_told(specs[0].config, recommended_mixture.get("size")),
             **dict(
                 zip(
                     (REALISED, REALISED_SE),

@@ -115,6 +115,7 @@ def overlap(
     state_SDP: np.ndarray,
     domains: tuple[str, ...] | None = None,
     covariates: tuple[str, ...] | None = None,
+    group_S: np.ndarray | None = None,
 ) -> Overlap:
     """Compare a new pool state with the distinct states of the runs.
 
@@ -126,14 +127,17 @@ def overlap(
         state_SDP: covariates of the distinct states of the runs; shape (S, D, P), S >= 7.
         domains: names for the drift table; numbers where not given.
         covariates: the same.
+        group_S: which states are of one pool, such as its checkpoints; None where each is its own.
+            Of a group the nearest state counts alone, and a state's own group isn't compared with:
+            else twins would be near to each other, and every new pool far.
 
     Raises:
         EstimationError: if there are too few states, the shapes differ, a value isn't finite, or
             there is no covariate.
     """
     state_DP, state_SDP = np.asarray(state_DP, dtype=float), np.asarray(state_SDP, dtype=float)
-    _check_states(state_DP, state_SDP)
-    reach = _Reach.of(state_SDP)
+    _check_states(state_DP, state_SDP, group_S)
+    reach = _Reach.of(state_SDP, group_S)
     score = reach.score(state_DP)
     verdict = _verdict(score, _moved_constant(state_DP, reach.scaler))
     return Overlap(
@@ -156,7 +160,8 @@ def reach_of(runs: RunTable, state_DP: np.ndarray) -> Overlap:
     if size is not None:
         return _reach_of_size(runs, state_DP, size)
     if runs.covariates:
-        return overlap(state_DP, runs.weighed_states(), runs.domains, runs.covariates)
+        states, groups = runs.weighed_states(), runs.weighed_groups()
+        return overlap(state_DP, states, runs.domains, runs.covariates, groups)
     near, nowhere_D = "supported", np.zeros(len(runs.domains))
     return Overlap(0.0, near, near, nowhere_D, pl.DataFrame(), np.asarray(state_DP, dtype=float))
 
@@ -182,12 +187,16 @@ class _Reach:
     state_SDP: np.ndarray
     scaled_SDP: np.ndarray
     own_SD: np.ndarray
+    group_S: np.ndarray | None = None
 
     @classmethod
-    def of(cls, state_SDP: np.ndarray) -> _Reach:
+    def of(cls, state_SDP: np.ndarray, group_S: np.ndarray | None = None) -> _Reach:
         scaler = StateScaler.fit(state_SDP)
         scaled_SDP = scaler.transform(state_SDP)
-        return cls(scaler, state_SDP, scaled_SDP, _nearest(scaled_SDP, scaled_SDP, skip=1))
+        if group_S is None:
+            return cls(scaler, state_SDP, scaled_SDP, _nearest(scaled_SDP, scaled_SDP, skip=1))
+        own_SD = _nearest_groups(scaled_SDP, scaled_SDP, group_S, group_S)
+        return cls(scaler, state_SDP, scaled_SDP, own_SD, group_S)
 
     def score(self, state_DP: np.ndarray) -> float:
         typical_D = self.own_SD.mean(axis=0)
@@ -227,7 +236,10 @@ class _Reach:
         return self.state_SDP[np.argmin(np.where(np.array(scores) <= 1, distance_S, np.inf))]
 
     def _distance_D(self, state_DP: np.ndarray) -> np.ndarray:
-        return _nearest(self.scaler.transform(state_DP)[None], self.scaled_SDP, skip=0)[0]
+        scaled_1DP = self.scaler.transform(state_DP)[None]
+        if self.group_S is None:
+            return _nearest(scaled_1DP, self.scaled_SDP, skip=0)[0]
+        return _nearest_groups(scaled_1DP, self.scaled_SDP, self.group_S)[0]
 
 
 def noise_floor(runs: RunTable) -> pl.DataFrame:
@@ -354,17 +366,18 @@ def gain_interval(gain: Gain, level: float = 0.9) -> tuple[np.ndarray, np.ndarra
     return gain.mean_MT - half_MT, gain.mean_MT + half_MT
 
 
-def _check_states(state_DP: np.ndarray, state_SDP: np.ndarray) -> None:
+def _check_states(state_DP: np.ndarray, state_SDP: np.ndarray, group_S: np.ndarray | None) -> None:
     if state_SDP.ndim != 3 or state_SDP.shape[1:] != state_DP.shape or not state_DP.size:
         raise EstimationError(
             "the new state must have the shape (domains, covariates) of the runs' states, at "
             f"least one each, got {state_DP.shape} against {state_SDP.shape[1:]}: measure the "
             "same covariates of the same domains."
         )
-    if len(state_SDP) < MINIMUM_OVERLAP_STATES:
+    n_pools = len(state_SDP) if group_S is None else len(np.unique(group_S))
+    if n_pools < MINIMUM_OVERLAP_STATES:
         raise EstimationError(
             f"overlap needs at least {MINIMUM_OVERLAP_STATES} distinct pool states, got "
-            f"{len(state_SDP)}: add proxy runs of other states."
+            f"{n_pools}: add proxy runs of other states."
         )
     if not (np.isfinite(state_DP).all() and np.isfinite(state_SDP).all()):
         raise EstimationError(
@@ -378,6 +391,21 @@ def _nearest(scaled_MDP: np.ndarray, scaled_SDP: np.ndarray, *, skip: int) -> np
     squared_MSD = ((scaled_MDP[:, None] - scaled_SDP[None]) ** 2).mean(axis=3)
     nearest_MSD = np.sqrt(np.sort(squared_MSD, axis=1))
     return nearest_MSD[:, skip : skip + NEIGHBOURS].mean(axis=1)
+
+
+def _nearest_groups(
+    scaled_MDP: np.ndarray,
+    scaled_SDP: np.ndarray,
+    group_S: np.ndarray,
+    own_M: np.ndarray | None = None,
+) -> np.ndarray:
+    """`_nearest`, with the nearest state of each group alone; own groups are left out."""
+    squared_MSD = ((scaled_MDP[:, None] - scaled_SDP[None]) ** 2).mean(axis=3)
+    if own_M is not None:
+        squared_MSD[own_M[:, None] == group_S[None]] = np.inf
+    groups = [squared_MSD[:, group_S == group].min(axis=1) for group in np.unique(group_S)]
+    nearest_MGD = np.sqrt(np.sort(np.stack(groups, axis=1), axis=1))
+    return nearest_MGD[:, :NEIGHBOURS].mean(axis=1)
 
 
 def _join(ratio_MD: np.ndarray) -> np.ndarray:

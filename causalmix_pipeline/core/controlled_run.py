@@ -66,7 +66,7 @@ class ControlledRun:
 
         Args:
             config: the controller's settings.
-            mixture_D: shares that it starts from.
+            mixture_D: shares that it starts from, or those of its reference.
             steps: optimiser steps of the run.
             seed: of the run.
             forwards_per_training: forward passes that cost as much as training on their tokens: 3

@@ -6,6 +6,7 @@ the ranges below, so that more draws leave the first ones as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,9 +19,11 @@ from causalmix_pipeline.core.controllers import ControllerConfig, DoReMi, Online
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.pretrained import PretrainedConfig
 from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.core.rival_gains import BASE, gains_over
 from causalmix_pipeline.core.rivals import (
     Lane,
+    Read,
     Score,
     Size,
     Track,
@@ -101,13 +104,40 @@ def make_controller(kind: str, given: Mapping[str, Any]) -> ControllerConfig:
             f"compare.controllers.{kind} must have settings among {', '.join(known)}, got "
             f"{odd[0]!r}: correct the name."
         )
+    place = f"compare.controllers.{kind}"
+    check_values(place, given, {each.name: each.default for each in fields(CONTROLLERS[kind])})
     try:
         return CONTROLLERS[kind](**given)
-    except TypeError as error:
-        raise ConfigError(
-            f"compare.controllers.{kind} must have numbers where its defaults are numbers, got "
-            f"{dict(given)}: {error}; YAML takes 1e-4 for text, so write 1.0e-4."
-        ) from error
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("controller.", f"{place}.", 1)) from error
+
+
+def check_values(place: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check that each value is of the kind of its default.
+
+    Args:
+        place: where the values stand in the settings.
+        given: values by name.
+        defaults: the default of each.
+
+    Raises:
+        ConfigError: naming the first that isn't.
+    """
+    for name, value in given.items():
+        default = defaults[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, float):
+            rule, holds = "a finite number", is_number and math.isfinite(value)
+        elif isinstance(default, int) and not isinstance(default, bool):
+            rule, holds = "a whole number", is_number and isinstance(value, int)
+        else:
+            rule = {bool: "true or false", str: "text"}[type(default)]
+            holds = isinstance(value, type(default))
+        if not holds:
+            yaml = "; YAML takes 1e-4 for text, so write 1.0e-4" if isinstance(value, str) else ""
+            raise ConfigError(
+                f"{place}.{name} must be {rule}, got {value!r}: its default is {default!r}{yaml}."
+            )
 
 
 def draw_settings(
@@ -132,9 +162,10 @@ def draw_settings(
             else each[int(rng.integers(len(each)))]
             for name, each in RANGES[kind].items()
         }
-        if values.get("memory") == "sum":  # which smooths nothing
+        values |= given
+        if values.get("memory") == "sum" and "smoothing" not in given:  # it smooths nothing
             del values["smoothing"]
-        found.setdefault(make_controller(kind, {**values, **given}))
+        found.setdefault(make_controller(kind, values))
     return list(found)
 
 
@@ -183,9 +214,10 @@ class Tuning:
     """What a search over the settings of controllers found.
 
     Attributes:
-        chosen: by controller, the settings with the largest mean gain over equal.
+        chosen: by controller, the settings with the fewest diverged runs, and of those the
+            largest mean gain over equal.
         trials: a row per controller and setting tried: number, settings, gain over equal, se,
-            tokens, chosen.
+            diverged runs, tokens, chosen.
         tokens: by controller, the training tokens of all its trials.
     """
 
@@ -238,11 +270,11 @@ def tune(
     outcomes = run_lanes(lanes, train, score) if lanes else None
     chosen, trials, tokens = {}, [], {}
     for kind, settings in drawn.items():
-        rows = [{"gain": None, "se": None, "tokens": 0.0} for _ in settings]
+        rows = [{"gain": None, "se": None, "diverged": 0, "tokens": 0.0} for _ in settings]
         if outcomes is not None and len(settings) > 1:
             rows = _trial_rows(outcomes, kind, len(settings))
-        best = max(range(len(rows)), key=lambda n: (_or_least(rows[n]["gain"]), -n))
-        chosen[kind], tokens[kind] = settings[best], sum(row["tokens"] or 0.0 for row in rows)
+        best = min(range(len(rows)), key=lambda n: (*_rank(rows[n]), n))
+        chosen[kind], tokens[kind] = settings[best], sum(row["tokens"] for row in rows)
         trials += [
             {"controller": kind, "number": n, "settings": asdict(settings[n]), **row,
              "chosen": n == best}
@@ -251,19 +283,48 @@ def tune(
     return Tuning(chosen, trials, tokens)
 
 
-def _trial_rows(outcomes: pl.DataFrame, kind: str, n: int) -> list[dict[str, float | None]]:
+class NotTrained(LookupError):
+    """A run has no record."""
+
+
+def tuned_already(
+    drawn: Mapping[str, Sequence[ControllerConfig]],
+    starts: Mapping[str, np.ndarray],
+    track: Track,
+    size: Size,
+    *,
+    read: Read,
+    score: Score,
+) -> Tuning | None:
+    """What `tune` finds where every trial is trained; None where one isn't."""
+
+    def records(specs: Sequence[ProxySpec]) -> list[ProxyRecord]:
+        found = [record for record in map(read, specs) if record is not None]
+        if len(found) < len(specs):
+            raise NotTrained
+        return found
+
+    try:
+        return tune(drawn, starts, track, size, train=records, score=score)
+    except NotTrained:
+        return None
+
+
+def _trial_rows(outcomes: pl.DataFrame, kind: str, n: int) -> list[dict[str, Any]]:
     gains = {row["entrant"]: row for row in gains_over(outcomes, BASE).to_dicts()}
-    cost = dict(
-        outcomes.group_by("entrant")
-        .agg((pl.col("tokens") + pl.col("search_tokens")).sum())
-        .iter_rows()
+    cost = pl.col("tokens") + pl.col("search_tokens")
+    sums = outcomes.group_by("entrant").agg(
+        tokens=cost.sum(), diverged=pl.col("outcome").null_count().cast(pl.Int64)
     )
+    sum_of = {row["entrant"]: row for row in sums.to_dicts()}
     names = [f"{kind}/{number}" for number in range(n)]
     return [
-        {"gain": gains[name]["gain"], "se": gains[name]["se"], "tokens": cost[name]}
+        {key: gains[name][key] for key in ("gain", "se")}
+        | {key: sum_of[name][key] for key in ("diverged", "tokens")}
         for name in names
     ]
 
 
-def _or_least(gain: float | None) -> float:
-    return -np.inf if gain is None else gain
+def _rank(row: Mapping[str, Any]) -> tuple[int, float]:
+    """Smaller is better: a setting that mostly diverges doesn't win by its one survivor."""
+    return row["diverged"], np.inf if row["gain"] is None else -row["gain"]

@@ -26,6 +26,7 @@ from causalmix_pipeline.core.mixture import check_mixture
 from causalmix_pipeline.core.proxy import dial
 
 #: Raise when the same settings would give other shares: it is part of a controlled run's name.
+#: Where that holds for one controller alone, raise its `revision`.
 CONTROL_VERSION = 2
 
 #: What the losses of a bandit are divided by where it sums them, as in the authors' code.
@@ -125,11 +126,13 @@ class ControllerConfig(ABC):
 
     Attributes:
         kind: name of the controller.
+        revision: of this controller, beside the version of all.
         needs_reference: whether probes tell the excess over a reference model.
         needs_gradients: whether probes tell how gradients agree.
     """
 
     kind: ClassVar[str] = ""
+    revision: ClassVar[int] = 0
     needs_reference: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
 
@@ -153,7 +156,7 @@ class ControllerConfig(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Kind, version and all settings, in values that JSON holds."""
         settings = json.loads(json.dumps(asdict(self)))  # lists, as they are read back
-        return {"kind": self.kind, "version": CONTROL_VERSION, **settings}
+        return {"kind": self.kind, "version": CONTROL_VERSION + self.revision, **settings}
 
     @classmethod
     def describe(cls) -> dict[str, str]:
@@ -386,7 +389,8 @@ class DoReMi(ProbingConfig):
     """Group-robust weights: more of the domains in which a model lags most behind a reference.
 
     Source: arXiv 2305.10429, algorithm 1. A reference model is trained on the starting mixture.
-    Then, with l and r the losses of a token under the model and the reference, after each block:
+    Weights start from equal ones. Then, with l and r the losses of a token under the model and the
+    reference, after each block:
 
         x_d  = mean over tokens of domain d of max(l - r, 0)
         a_d <- a_d exp(step_size x_d), divided by their sum
@@ -398,10 +402,11 @@ class DoReMi(ProbingConfig):
     Deviations: domains are sampled by their weights, where the paper samples them equally and
     weights their losses, the same gradient in expectation; weights change with a block, not a
     step; the excess is taken from a probe with equal windows of each domain at the block's end,
-    not from the batch; weights start from the run's mixture, the reference's, not from equal ones.
+    not from the batch.
     """
 
     kind: ClassVar[str] = "doremi"
+    revision: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = True
     step_size: float = dial(1.0, "Step of the weights in each block; the paper's eta; > 0.")
     smoothing: float = dial(1e-3, "Equal shares mixed into the weights; the paper's c; in (0, 1).")
@@ -418,15 +423,15 @@ class DoReMi(ProbingConfig):
         )
 
     def build(self, mixture_D: np.ndarray, *, seed: int) -> MixtureController:
-        """Weights that start from the mixture."""
-        return _RobustWeights(self, mixture_D)
+        """Equal weights; the mixture is that of the reference."""
+        return _RobustWeights(self, len(mixture_D))
 
 
 class _RobustWeights:
     """The weights of DoReMi."""
 
-    def __init__(self, config: DoReMi, mixture_D: np.ndarray) -> None:
-        self.config, self.shares_D = config, mixture_D
+    def __init__(self, config: DoReMi, n_domains: int) -> None:
+        self.config, self.shares_D = config, np.full(n_domains, 1 / n_domains)
 
     def next_shares(self, seen: BlockSeen | None) -> np.ndarray:
         if seen is None:

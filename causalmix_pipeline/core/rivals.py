@@ -22,8 +22,13 @@ from causalmix_pipeline.core.tasks import Direction, outcome_of
 
 #: Trains the specs that lack a record, each once, and returns the records of all in their order.
 Train = Callable[[Sequence[ProxySpec]], Sequence[ProxyRecord]]
+#: A run's record where it's trained already, else None.
+Read = Callable[[ProxySpec], ProxyRecord | None]
 #: A run's weighted outcome, larger is better; None where it diverged.
 Score = Callable[[ProxyRecord], float | None]
+
+#: Added to the data seed of a run that is priced and never trained.
+NEVER_SEEDS_FROM = 2**40
 
 
 @dataclass(frozen=True)
@@ -127,22 +132,35 @@ class Lane:
     finder: ProxySpec | None = None
 
     def settled(self, found: ProxyRecord) -> ProxySpec:
-        """The run, once its finder has ended; `found` is the finder's record, or the run's own."""
+        """The run, once its finder has ended; `found` is the finder's record, or the run's own.
+
+        A finder that diverged before any block found nothing: it stays the lane's only run.
+        """
         if self.finder is None:
             return self.spec
-        assert found.control is not None
-        mean_D = np.array(found.control["mean_shares"], dtype=float)
+        shares = (found.control or {}).get("mean_shares")
+        if shares is None:
+            return self.finder
+        mean_D = np.array(shares, dtype=float)
         return replace(self.spec, mixture=tuple((mean_D / mean_D.sum()).tolist()))
 
 
-def lanes_of(entrants: Sequence[Entrant], track: Track, sizes: Sequence[Size]) -> list[Lane]:
+def lanes_of(
+    entrants: Sequence[Entrant],
+    track: Track,
+    sizes: Sequence[Size],
+    *,
+    found_at: Size | None = None,
+) -> list[Lane]:
     """The runs of rivals: each on every state, with every seed, at every size.
 
     Args:
         entrants: the rivals; a mixture of one row is that of all states.
         track: states and seeds.
-        sizes: the smallest first, at which DoReMi finds its mixture.
+        sizes: of the runs.
+        found_at: size at which DoReMi finds its mixture; None takes the first.
     """
+    finder_config = (found_at or sizes[0]).config
     lanes = []
     for size in sizes:
         for entrant in entrants:
@@ -152,23 +170,35 @@ def lanes_of(entrants: Sequence[Entrant], track: Track, sizes: Sequence[Size]) -
                 for seed in track.seeds:
                     finder = None
                     if isinstance(controller, DoReMi):
-                        finder = track.spec(state, seed, mixture_D, sizes[0].config, controller)
+                        finder = track.spec(state, seed, mixture_D, finder_config, controller)
                     own = None if finder is not None else controller
                     spec = track.spec(state, seed, mixture_D, size.config, own)
                     lanes.append(Lane(entrant.name, size.name, state, seed, spec, finder))
     return lanes
 
 
-def price_specs(lanes: Sequence[Lane]) -> list[ProxySpec]:
-    """Specs that cost what the lanes do, before it's known which mixtures finders will find."""
-    finders = [lane.finder for lane in lanes if lane.finder is not None]
-    later = 2**40  # of no other run
-    return finders + [
-        lane.spec
-        if lane.finder is None
-        else replace(lane.spec, data_seed=lane.spec.data_seed + later)
-        for lane in lanes
-    ]
+def nothing_read(spec: ProxySpec) -> ProxyRecord | None:
+    """What a store without a record has of a run."""
+    return None
+
+
+def price_specs(lanes: Sequence[Lane], read: Read = nothing_read) -> list[ProxySpec]:
+    """Specs that cost what the lanes do; runs whose mixture isn't found yet have a stand-in."""
+    found = []
+    for lane in lanes:
+        record = None if lane.finder is None else read(lane.finder)
+        if lane.finder is None:
+            found.append(lane.spec)
+        elif record is None:
+            found += [lane.finder, untrained(lane.spec)]
+        else:
+            found += [lane.finder, lane.settled(record)]
+    return found
+
+
+def untrained(spec: ProxySpec) -> ProxySpec:
+    """A run of the same cost that nobody trains, for its price."""
+    return replace(spec, data_seed=spec.data_seed + NEVER_SEEDS_FROM)
 
 
 def run_lanes(lanes: Sequence[Lane], train: Train, score: Score) -> pl.DataFrame:
@@ -176,7 +206,8 @@ def run_lanes(lanes: Sequence[Lane], train: Train, score: Score) -> pl.DataFrame
 
     Returns:
         A row per lane: entrant, size, state, seed, outcome (null where it diverged), tokens (its
-        own, with those of probes) and search_tokens (its finder's).
+        own, with those of probes; 0 where its finder found nothing to train) and search_tokens
+        (its finder's).
     """
     firsts = train([lane.finder or lane.spec for lane in lanes])
     finals = [lane.settled(first) for lane, first in zip(lanes, firsts, strict=True)]
@@ -188,7 +219,7 @@ def run_lanes(lanes: Sequence[Lane], train: Train, score: Score) -> pl.DataFrame
             "state": lane.state,
             "seed": lane.seed,
             "outcome": score(record),
-            "tokens": run_tokens(record, spec),
+            "tokens": 0.0 if spec == lane.finder else run_tokens(record, spec),
             "search_tokens": run_tokens(first, lane.finder) if lane.finder else 0.0,
         }
         for lane, first, spec, record in zip(lanes, firsts, finals, records, strict=True)

@@ -148,12 +148,20 @@ class RunTable:
         Returns:
             Shape (S', D, P), S' >= S; the same as `distinct_states` where all have as many.
         """
-        ids, state_SDP = self.distinct_states()
+        return self.state_NDP[self._weighed_rows()]
+
+    def weighed_groups(self) -> np.ndarray | None:
+        """Return the group of each of `weighed_states`; None where each state is its own."""
+        return None if self.group_N is None else self.group_N[self._weighed_rows()]
+
+    def _weighed_rows(self) -> np.ndarray:
+        """Return a run of each state, as often as the state counts."""
+        ids, row_S = np.unique(self.state_ids, return_index=True)
         _, first = np.unique(self.repeat_of_N, return_index=True)
         _, count_S = np.unique(self.state_ids[first], return_counts=True)
         assert len(count_S) == len(ids)
         copies_S = np.clip(count_S // max(int(np.median(count_S)), 1), 1, MOST_COPIES)
-        return np.repeat(state_SDP, copies_S, axis=0)
+        return np.repeat(row_S, copies_S)
 
     def subset(self, index: np.ndarray | Sequence[int]) -> RunTable:
         """Return the runs at `index`, which is integer positions (any order) or an (N,) mask."""

@@ -111,6 +111,7 @@ class SizeReach:
             "parameters": 2**self.asked,
             "least_parameters": 2**self.least,
             "most_parameters": 2**self.most,
+            "read_at_parameters": 2**self.read_at,
             "doublings_beyond": self.distance,
             "doubt": self.doubt,
         }
@@ -134,10 +135,11 @@ def size_sentence(size: Mapping[str, Any]) -> str:
     start = f"For a model of {size['parameters']:,.0f} parameters; proxies had {least} to {most}"
     if not size["doublings_beyond"]:
         return f"{start}."
-    return (
-        f"{start}, {size['doublings_beyond']:.1f} doublings away, so the interval is "
-        f"{size['doubt']:.2f} times as wide."
-    )
+    read_at, width = size["read_at_parameters"], f"{size['doubt']:.2f} times as wide."
+    doublings = f"{start}, {size['doublings_beyond']:.1f} doublings away"
+    if math.isclose(read_at, size["parameters"]):
+        return f"{doublings}, so the interval is {width}"
+    return f"{doublings}: effects are read at {read_at:,.0f}, and the interval is {width}"
 
 
 def size_reach(runs: RunTable, state_DP: np.ndarray) -> SizeReach | None:

@@ -19,15 +19,15 @@ from causalmix_pipeline.core.effects import (
     cross_validate,
     spearman,
 )
-from causalmix_pipeline.core.gain_calibration import Z90
+from causalmix_pipeline.core.errors import EstimationError
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.scale import without_size
 
 #: Effects at another size, over those at the first, that count as alike.
 ALIKE = (0.5, 2.0)
 
-#: Draws of pool states behind intervals.
-BOOTSTRAPS = 400
+#: Fewest pool states of a size: with fewer, the states' spread can't be told.
+FEWEST_STATES = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SizeComparison:
         task: what is measured; the objective where tasks were weighted.
         fitted_at: log2 parameters of the proxies whose runs were fitted.
         asked_at: of those whose contrasts within states were predicted.
-        n_states: pool states of the other size.
+        n_states: pool states of the other size; one less are the t quantile's degrees of freedom.
         ratio: effects at the other size over those at the first.
         ratio_se: its standard error, states being the sampled unit.
         agreement: rank correlation, within states, of what was predicted with what came.
@@ -62,11 +62,8 @@ class SizeComparison:
     def agrees(self) -> bool:
         """Whether mixtures rank alike, and effects aren't surely below half or above twice."""
         low, high = ALIKE
-        return (
-            self.agreement_low > 0
-            and self.ratio + Z90 * self.ratio_se >= low
-            and self.ratio - Z90 * self.ratio_se <= high
-        )
+        margin = _t90(self.n_states) * self.ratio_se
+        return self.agreement_low > 0 and self.ratio + margin >= low and self.ratio - margin <= high
 
 
 def compare_sizes(
@@ -76,22 +73,23 @@ def compare_sizes(
 
     No run is trained for it. Predictions of left-out states shrink towards no effect, so the slope
     of what came on what was predicted is divided by the same slope at the first size, where states
-    are left out by turns.
+    are left out by turns. Standard errors are the jackknife's over states.
 
     Args:
         make: returns a fresh, unfitted estimator.
         runs: proxy runs of two sizes or more.
         weights_T: weight of each task in the objective, sum 1; shape (T,).
-        seed: of folds and of the draws of states behind intervals.
+        seed: of folds.
 
     Returns:
         For each other size the objective, then each task.
 
     Raises:
-        EstimationError: if the first size has too few runs or states to fit.
+        EstimationError: if there is one size, or a size has too few pool states.
     """
     size_N = runs.size_N
     assert size_N is not None
+    _check_sizes(runs, size_N)
     (first, _), *others = Counter(size_N.tolist()).most_common()
     home = without_size(runs.subset(size_N == first))
     left_out_NT = cross_validate(make, home, seed=seed).prediction_NT
@@ -108,11 +106,10 @@ def compare_sizes(
         )
         other = _Contrasts.of(away, predicted_NT, weights_T)
         for t, task in enumerate(("objective", *runs.tasks)):
-            rng = np.random.default_rng([seed, t])
             found.append(
                 SizeComparison(
-                    task, first, size, away.n_states, *_ratio(same, other, t, rng),
-                    *_agreement(other, t, rng), _rank(same, t),
+                    task, first, size, away.n_states, *_ratio(same, other, t),
+                    *_agreement(other, t), _rank(same, t),
                 )
             )  # fmt: skip
     return found
@@ -141,37 +138,60 @@ class _Contrasts:
         return np.array([(x_N[rows] @ y_N[rows], x_N[rows] @ x_N[rows]) for rows in self.rows_of_S])
 
 
-def _ratio(
-    same: _Contrasts, other: _Contrasts, t: int, rng: np.random.Generator
-) -> tuple[float, float]:
+def _check_sizes(runs: RunTable, size_N: np.ndarray) -> None:
+    sizes = np.unique(size_N)
+    if len(sizes) < 2:
+        raise EstimationError(
+            "runs must be of two sizes to compare them, got one: others diverged or aren't trained "
+            "yet; materialise proxy_runs."
+        )
+    for size in sizes:
+        n_states = len(np.unique(runs.state_ids[size_N == size]))
+        if n_states < FEWEST_STATES:
+            raise EstimationError(
+                f"a size needs {FEWEST_STATES} pool states to be compared, got {n_states} at "
+                f"{2**size:,.0f} parameters: raise its share in proxy.sizes, or design.n_runs."
+            )
+
+
+def _t90(n_states: int) -> float:
+    """Half the width of a 90% interval in standard errors over that many states."""
+    from scipy.stats import t as t_distribution
+
+    return float(t_distribution.ppf(0.95, n_states - 1))
+
+
+def _jackknife(left_out_S: np.ndarray) -> float:
+    """Standard error of a figure, from its values without each state."""
+    n_states = len(left_out_S)
+    return float(np.sqrt((n_states - 1) / n_states * ((left_out_S - left_out_S.mean()) ** 2).sum()))
+
+
+def _ratio(same: _Contrasts, other: _Contrasts, t: int) -> tuple[float, float]:
     """Slope at the other size over that at the first, and its standard error."""
 
-    def slopes(contrasts: _Contrasts) -> tuple[float, np.ndarray]:
+    def slope(contrasts: _Contrasts) -> tuple[float, float]:
         product_S2 = contrasts.products(t)
-        n_states = len(product_S2)
-        drawn_B2 = product_S2[rng.integers(n_states, size=(BOOTSTRAPS, n_states))].sum(axis=1)
-        sums = np.vstack([product_S2.sum(axis=0), drawn_B2])
-        slope_B = sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], np.nan)
-        return float(slope_B[0]), slope_B[1:]
+        both = product_S2.sum(axis=0)
+        rest_S2 = both - product_S2
+        if not both[1] > 0 or not (rest_S2[:, 1] > 0).all():
+            return math.nan, math.nan
+        return float(both[0] / both[1]), _jackknife(rest_S2[:, 0] / rest_S2[:, 1])
 
-    (slope, drawn_B), (slope_same, drawn_same_B) = slopes(other), slopes(same)
-    if not slope_same > 0:  # nothing was found at the first size
+    (at_other, error), (at_same, error_same) = slope(other), slope(same)
+    if not at_same > 0:  # nothing was found at the first size
         return math.nan, math.nan
-    low, high = np.nanquantile(drawn_B / drawn_same_B, [0.05, 0.95])
-    return slope / slope_same, float(high - low) / (2 * Z90)
+    ratio = at_other / at_same
+    return ratio, math.hypot(error, ratio * error_same) / at_same
 
 
-def _agreement(
-    contrasts: _Contrasts, t: int, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """Rank correlation with its 90% interval over draws of states."""
-    n_states = len(contrasts.rows_of_S)
-    drawn = [
-        _rank(contrasts, t, np.concatenate([contrasts.rows_of_S[s] for s in states]))
-        for states in rng.integers(n_states, size=(BOOTSTRAPS, n_states))
-    ]
-    low, high = np.nanquantile(drawn, [0.05, 0.95])
-    return _rank(contrasts, t), float(low), float(high)
+def _agreement(contrasts: _Contrasts, t: int) -> tuple[float, float, float]:
+    """Rank correlation with its 90% interval over states."""
+    rows_of_S, rank = contrasts.rows_of_S, _rank(contrasts, t)
+    rests = [np.concatenate(rows_of_S[:s] + rows_of_S[s + 1 :]) for s in range(len(rows_of_S))]
+    error = _jackknife(np.array([_rank(contrasts, t, rows) for rows in rests]))
+    margin = _t90(len(rows_of_S)) * error
+    return rank, max(rank - margin, -1.0), min(rank + margin, 1.0)
 
 
 def _rank(contrasts: _Contrasts, t: int, rows: np.ndarray | slice = slice(None)) -> float:

@@ -62,7 +62,8 @@ class StageChoice:
         mixture_D: its shares.
         gain: part of the run's gain over the reference in every stage; nan where unknown.
         gain_se: its standard error.
-        gain_static: the same part of another mixture, that is compared with.
+        over_static: its gain over the static mixture in this stage; nan where unknown.
+        over_static_se: its standard error.
         reach: how near pool and checkpoint are to those of the runs.
         loss_D: losses at the stage's start that it was chosen at; None where none are known.
     """
@@ -71,7 +72,8 @@ class StageChoice:
     mixture_D: np.ndarray
     gain: float
     gain_se: float
-    gain_static: float
+    over_static: float
+    over_static_se: float
     reach: Overlap
     loss_D: np.ndarray | None = None
 
@@ -98,7 +100,7 @@ def choose_stage(
     constraints = replace(constraints, guard_rails=rails)
     if reach.verdict == "unsupported":
         mixture_D, _ = constraints.nearest_reference(table.domains)
-        return StageChoice(model.stage, mixture_D, np.nan, np.nan, np.nan, reach)
+        return StageChoice(model.stage, mixture_D, np.nan, np.nan, np.nan, np.nan, reach)
     choice = recommend(
         objective.policy,
         model.estimator,
@@ -111,15 +113,18 @@ def choose_stage(
         seed=objective.seed,
         unconstrained_too=False,
     )
-    static_M, _ = weighted_gain(
-        model.estimator,
-        reach.edge_DP,
-        static_D[None],
-        constraints.reference_D,
-        objective.weights_T,
+    over_M, over_se_M = weighted_gain(
+        model.estimator, reach.edge_DP, choice.mixture_D[None], static_D, objective.weights_T
     )
-    error = choice.gain_se * reach.doubt
-    return StageChoice(model.stage, choice.mixture_D, choice.gain, error, float(static_M[0]), reach)
+    return StageChoice(
+        model.stage,
+        choice.mixture_D,
+        choice.gain,
+        choice.gain_se * reach.doubt,
+        float(over_M[0]),
+        float(over_se_M[0]) * reach.doubt,
+        reach,
+    )
 
 
 def state_at(
@@ -166,7 +171,18 @@ def roll_schedule(
 def joint_gain(choices: Sequence[StageChoice]) -> tuple[float, float]:
     """Gain of a whole schedule over the reference in every stage, and its standard error.
 
-    Stages are drawn independently, so errors of their effects hardly correlate.
+    Standard errors are added as they are. Each stage is fitted on the same runs, on outcomes
+    without what the others were fitted to do, and each mixture is the best of its own fit, so
+    their errors go the same way where a pool differs in what covariates don't see.
     """
-    gain = sum(choice.gain for choice in choices)
-    return float(gain), float(np.sqrt(sum(choice.gain_se**2 for choice in choices)))
+    return _joined([(choice.gain, choice.gain_se) for choice in choices])
+
+
+def joint_over_static(choices: Sequence[StageChoice]) -> tuple[float, float]:
+    """Gain of a whole schedule over the static mixture, and its standard error."""
+    return _joined([(choice.over_static, choice.over_static_se) for choice in choices])
+
+
+def _joined(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    gains, errors = zip(*parts, strict=True)
+    return float(sum(gains)), float(sum(errors))

@@ -107,6 +107,15 @@ class StagedRuns:
         mixture_NSD = np.take_along_axis(self.mixture_NSD, order_NS[:, :, None], axis=1)
         return replace(self, mixture_NSD=mixture_NSD)
 
+    def unmeasured(self) -> dict[str, int]:
+        """Domains whose loss some runs' checkpoints lack, with how many runs those are.
+
+        A domain that a run never reads isn't measured. Checkpoints then can't be covariates.
+        """
+        lacks_ND = ~np.isfinite(self.loss_NSD[:, 1:]).all(axis=1)
+        counts = zip(self.runs.domains, lacks_ND.sum(axis=0).tolist(), strict=True)
+        return {domain: count for domain, count in counts if count}
+
     def checkpoint_covariates(self, stage: int) -> tuple[str, ...]:
         """Covariates that a checkpoint adds before a stage, counted from 0.
 

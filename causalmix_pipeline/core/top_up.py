@@ -27,9 +27,16 @@ TOP_UP = "top_up"
 STATE_DIGITS = 12
 
 
-def top_up_name(state_hash: str, number: int) -> str:
-    """The name of a run: `top_up/<state>/<number>`."""
-    return f"{TOP_UP}/{state_hash[:STATE_DIGITS]}/{number:03d}"
+def top_up_name(state_hash: str, number: int, size: float | None = None) -> str:
+    """The name of a run: `top_up/<state>/<number>`; with sizes `top_up/<state>@<parameters>/...`.
+
+    Args:
+        state_hash: of the live pool.
+        number: of the run at this state and size.
+        size: log2 parameters of its model; None where proxies have one size.
+    """
+    state = state_hash[:STATE_DIGITS] + ("" if size is None else f"@{2**size:.0f}")
+    return f"{TOP_UP}/{state}/{number:03d}"
 
 
 def stack_top_ups(runs: RunTable, top_up_runs: pl.DataFrame) -> RunTable:

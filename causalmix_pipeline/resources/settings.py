@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from causalmix_pipeline.adapters.pool_door import ColumnMap
-from causalmix_pipeline.core.controller_tuning import CONTROLLERS, make_controller
+from causalmix_pipeline.core.controller_tuning import CONTROLLERS, check_values, make_controller
 from causalmix_pipeline.core.covariates import (
     DOCUMENT_COLUMNS,
     DOMAIN_COVARIATES,
@@ -551,9 +551,18 @@ class ProxySize(Section):
         description="Round the inputs of matrix products to bfloat16; null takes the recipe's.",
     )
 
-    def to_config(self, recipe: ProxyConfig) -> ProxyConfig:
-        """The recipe at this size."""
-        return dataclasses.replace(recipe, **self.model_dump(exclude={"share"}, exclude_none=True))
+    def to_config(self, recipe: ProxyConfig, number: int) -> ProxyConfig:
+        """The recipe at this size, which is `proxy.sizes[number]`.
+
+        Raises:
+            ConfigError: if a field breaks a rule.
+        """
+        own = self.model_dump(exclude={"share"}, exclude_none=True)
+        try:
+            return dataclasses.replace(recipe, **own)
+        except ConfigError as error:
+            field = str(error).removeprefix("proxy.")
+            raise ConfigError(f"proxy.sizes[{number}].{field}") from error
 
 
 class Proxy(Section):
@@ -643,7 +652,7 @@ class Proxy(Section):
         recipe = self.to_config()
         if not isinstance(recipe, ProxyConfig):
             return []
-        return [recipe, *(size.to_config(recipe) for size in self.sizes)]
+        return [recipe, *(size.to_config(recipe, i) for i, size in enumerate(self.sizes))]
 
     @property
     def pool_vocab_size(self) -> int:
@@ -866,8 +875,8 @@ class Compare(Section):
     larger: dict[str, Any] = Field(
         default={},
         description="What differs in the second, larger size, such as {hidden: 128, layers: 2, "
-        "heads: 4, learning_rate: 0.002, init_std: 0.04}; empty takes twice the width and a layer "
-        "more. With proxy.pretrained there is one size.",
+        "heads: 4, learning_rate: 0.002, init_std: 0.04}; empty takes the largest of proxy.sizes, "
+        "else twice the width and a layer more. With proxy.pretrained there is one size.",
     )
     controllers: dict[str, dict[str, Any]] = Field(
         default={name: {} for name in CONTROLLERS},
@@ -886,12 +895,14 @@ class Compare(Section):
     def _check(self):
         for name, given in self.controllers.items():
             make_controller(name, given)
-        known = [each.name for each in dataclasses.fields(ProxyConfig)]
+        known = [name for name in ProxySize.model_fields if name != "share"]
         unknown = [name for name in self.larger if name not in known]
         if unknown:
             raise ValueError(
-                f"compare.larger.{unknown[0]} is no proxy setting; known: {', '.join(known)}"
+                f"compare.larger.{unknown[0]} is no setting of a size; known: {', '.join(known)}"
             )
+        defaults = {each.name: each.default for each in dataclasses.fields(ProxyConfig)}
+        check_values("compare.larger", self.larger, defaults)
         return self
 
 
@@ -1228,18 +1239,25 @@ class Settings(Section):
     def _check_larger(self) -> None:
         """The larger size of a comparison must be one, of models trained from scratch."""
         larger, config = self.compare.larger, self.proxy.to_config()
-        if larger and not isinstance(config, ProxyConfig):
+        if not larger:
+            return
+        if not isinstance(config, ProxyConfig):
             raise ValueError(
                 f"compare.larger must be empty with proxy.pretrained, got {larger}: rivals of a "
                 "pretrained model are trained as that model; leave it out"
             )
         try:
-            dataclasses.replace(config, **larger)
-        except TypeError as error:
+            size = dataclasses.replace(config, **larger)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("proxy.", "compare.larger.", 1)) from error
+        costs = [each.flops / each.tokens for each in (config, size)]
+        if costs[1] < costs[0]:
+            field = "hidden" if "hidden" in larger else "layers"
             raise ValueError(
-                f"compare.larger must hold numbers where the recipe has them, got {larger}: "
-                f"{error}; YAML takes 1e-4 for text, so write 1.0e-4"
-            ) from error
+                f"compare.larger.{field} must make a model that costs at least the recipe's "
+                f"{costs[0]:,.0f} FLOPs a token, got {larger}, which costs {costs[1]:,.0f}: make "
+                "it larger"
+            )
 
     def _check_sizes(self) -> None:
         """Each size must get pool states enough, and a target size needs sizes to go by."""

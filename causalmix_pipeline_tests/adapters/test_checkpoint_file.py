@@ -55,6 +55,36 @@ def test_a_file_that_breaks_a_rule_is_told_what_to_write(tmp_path, changes, word
         read_checkpoint(tmp_path / "c.json", ("a", "b"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a,.5,1,5\nb,,1,5", r"c\.csv: fraction of b must be a number, got none"),
+        ("a,.5,1,5\na,.5,2,5\nb,.5,1,5", r"c\.csv: each domain must be given once, got a more"),
+        ("a,.5,1,5\nb,.5,1,", r"c\.csv: tokens of b must be 0 or more, .* got none"),
+        ("a,.5,1,-5\nb,.5,1,5", r"c\.csv: tokens of a must be 0 or more, .* got -5"),
+        ("a,.5,1,0\nb,.5,1,0", r"c\.csv: tokens of a, b must not all be 0 at fraction 0\.5"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused_with_domain_and_column(tmp_path, rows, words):
+    (tmp_path / "c.csv").write_text(f"domain,fraction,loss,tokens\n{rows}\n")
+
+    with pytest.raises(ConfigError, match=words):
+        read_checkpoint(tmp_path / "c.csv", ("a", "b"))
+
+
+def test_nothing_read_is_what_a_checkpoint_at_the_start_says(tmp_path):
+    (tmp_path / "c.csv").write_text("domain,fraction,tokens\na,0,0\nb,0,0\n")
+
+    assert read_checkpoint(tmp_path / "c.csv", ("a", "b")).tokens_D == pytest.approx([0, 0])
+
+
+def test_a_domain_given_twice_in_json_is_refused(tmp_path):
+    (tmp_path / "c.json").write_text('{"fraction": 0.5, "domains": {"a": {}, "a": {"loss": 1}}}')
+
+    with pytest.raises(ConfigError, match=r"c\.json: each domain must be given once, got a more"):
+        read_checkpoint(tmp_path / "c.json", ("a",))
+
+
 def test_a_missing_file_and_a_table_without_its_columns_are_named(tmp_path):
     (tmp_path / "c.csv").write_text("domain,loss\na,1\n")
     (tmp_path / "two.csv").write_text("domain,fraction\na,.5\nb,.6\n")

@@ -15,10 +15,11 @@ from causalmix_pipeline.adapters.sealed_frames import read_value
 from causalmix_pipeline.assets.design import proxy_config, specs_of
 from causalmix_pipeline.assets.plan import price_runs
 from causalmix_pipeline.assets.sizes import at_sizes, size_check, top_up_config, with_target
+from causalmix_pipeline.assets.validation import larger_config, sizes_told
 from causalmix_pipeline.automation.staleness import refresh
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.runs import RunTable
-from causalmix_pipeline.core.scale import SIZE_COVARIATE
+from causalmix_pipeline.core.scale import SIZE_COVARIATE, at_size
 from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.asset_keys import assets_named
 from causalmix_pipeline.resources.instance import ensure_instance
@@ -31,7 +32,7 @@ from causalmix_pipeline_tests.conftest import write_project
 pytestmark = pytest.mark.timeout(400)
 
 PROXY = {"preset": "tests", "overrides": {"vocab_size": 384, "sequence_length": 32}}
-SIZES = [{"share": 0.4, "hidden": 64, "layers": 2, "learning_rate": 0.01}]
+SIZES = [{"share": 0.5, "hidden": 64, "layers": 2, "learning_rate": 0.01}]
 #: Flat mixtures: a domain left out is learned so badly that its run counts as diverged.
 DESIGN = {
     "n_runs": 32,
@@ -135,6 +136,14 @@ def test_a_target_beyond_the_sizes_extrapolates_with_wider_intervals_and_trains_
         assert after["verdict"] == "extrapolating"
     page = (sized.parent / "data" / "reports" / "report.html").read_text()
     assert "3.0 doublings away" in page
+    losses = [
+        {row["reference_bits_per_byte"] is None for row in best["task_gains"]}
+        for best in (before, after)
+    ]
+    assert losses == [{False}, {True}]
+    size = after["size"]
+    assert largest < size["read_at_parameters"] < size["parameters"]
+    assert f"effects are read at {size['read_at_parameters']:,.0f}" in page
 
 
 def test_the_price_counts_each_run_at_its_size(sized):
@@ -163,6 +172,28 @@ def test_runs_of_both_sizes_are_compared_without_further_training(sized):
     assert "effect ratio" in str(found.metadata["sizes"].value)
 
 
+def test_sizes_with_too_few_states_or_one_size_alone_do_not_pass_and_the_reason_is_told(sized):
+    runs, settings = RunTable.from_frame(value(sized, "run_table")), load_settings(sized)
+    assert runs.size_N is not None
+    is_large_N = runs.size_N == runs.size_N.max()
+    few = runs.subset(~is_large_N | (runs.state_ids <= np.median(runs.state_ids)))
+
+    for left, words in ((few, "needs 8 pool states"), (runs.subset(is_large_N), "got one")):
+        found = size_check(left, settings)
+        assert not found.passed
+        assert words in str(found.metadata["can't be told"].value)
+
+
+def test_a_validation_names_both_sizes_where_they_differ(sized):
+    best, config = value(sized, "recommended_mixture"), load_settings(sized).proxy.size_configs()[1]
+
+    assert sizes_told(config, best["size"]) == {}  # it is the one asked for
+    told = sizes_told(larger_config(config), best["size"])["size of the model"]
+    assert f"{larger_config(config).n_parameters:,}" in told
+    assert told.endswith(f"for a model of {config.n_parameters:,}.")
+    assert sizes_told(config, None) == {}
+
+
 def test_the_check_is_defined_and_recorded_only_where_proxies_have_sizes(sized, project_file):
     def names(config):
         keys = build_definitions(config).resolve_asset_graph().asset_check_keys
@@ -179,9 +210,17 @@ def test_top_ups_are_trained_at_the_size_nearest_to_the_target(sized):
     design = value(sized, "mixture_design")
     small, large = load_settings(sized).proxy.size_configs()
 
-    assert json.loads(top_up_config(load_settings(sized), design)) == large.to_dict()
-    edit(sized, policy={"target_parameters": float(small.n_parameters)})
-    assert json.loads(top_up_config(load_settings(sized), design)) == small.to_dict()
+    runs = RunTable.from_frame(value(sized, "run_table"))
+
+    def recipe(n_parameters: float, runs=runs) -> dict:
+        state_DP = at_size(runs.covariates, runs.state_NDP[0], np.log2(n_parameters))
+        return json.loads(top_up_config(design, runs, state_DP))
+
+    assert recipe(large.n_parameters) == recipe(1e9) == large.to_dict()
+    assert recipe(small.n_parameters) == small.to_dict()
+    assert runs.size_N is not None
+    only_small = runs.subset(runs.size_N == runs.size_N.min())  # where the plan's numbers are from
+    assert recipe(1e9, only_small) == small.to_dict()
 
 
 def test_another_size_asks_for_another_design_first(sized):
@@ -238,7 +277,8 @@ def test_states_of_the_recipes_own_size_keep_their_runs_when_a_size_is_added(fin
          "sum to less than 1"),
         ({"proxy": {"sizes": [{"steps": 50}]}}, r"proxy.sizes\[0\] must have another number"),
         ({"proxy": {"sizes": [{"hidden": 64}, {"hidden": 64}]}}, r"proxy.sizes\[1\] must have"),
-        ({"proxy": {"sizes": [{"hidden": 33}]}}, "multiple of 2 x heads"),
+        ({"proxy": {"sizes": [{"layers": 2}, {"hidden": 33}]}},
+         r"proxy\.sizes\[1\]\.hidden must be .*multiple of 2 x heads"),
         ({"proxy": {"sizes": [{"wide": 64}]}}, "wide"),
         ({"proxy": {"sizes": [{"hidden": 64, "share": 0.05}]}, "design": {"n_runs": 32}},
          r"at least 3 pool states, got \d of 8 for sizes\[0\]"),

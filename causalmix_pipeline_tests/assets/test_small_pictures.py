@@ -61,6 +61,18 @@ def test_a_picture_of_many_names_is_shown_after_a_click():
     assert picture.startswith("![weights](data:image/svg+xml;base64,")
 
 
+def test_intervals_of_ten_names_are_inline_without_their_numbers():
+    few, many = (
+        interval_picture([Interval(f"rival {d}", 0.1, 0.0, 0.2) for d in range(n)], "gains").md_str
+        for n in (3, 10)
+    )
+
+    assert max(len(few), len(many)) < INLINE_LIMIT
+    assert few.count("+0.1") == 3 and "+0.1" not in many
+    dots = drawn(many).findall(f"{SVG}path")[2].get("d", "")
+    assert len(re.findall(r"M(\d+) (\d+)h0", dots)) == 10
+
+
 @pytest.mark.parametrize(("n_runs", "n_tasks"), [(18, 2), (500, 1), (500, 2), (500, 9)])
 def test_a_fit_is_inline_with_few_tasks_and_its_dots_are_inside(n_runs, n_tasks):
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+from dataclasses import replace
 
 import dagster as dg
 import numpy as np
@@ -128,7 +129,11 @@ def test_the_command_keeps_the_static_mixture_where_the_order_tells_nothing(proj
     assert status == 0, text
     assert "So the static mixture is kept." in text
     static = value(project, "recommended_mixture")["mixtures"]["recommended"]
-    assert list(pl.read_csv(out).row(0)[:4]) == pytest.approx([2, *static])
+    written = pl.read_csv(out)
+    assert list(written.row(0)[:4]) == pytest.approx([2, *static])
+    domains = ["code", "math", "talk"]
+    gain = ["gain", "low", "high", "verdict"]  # a domain may have such a name
+    assert written.columns == ["stage", *(f"share__{domain}" for domain in domains), *gain]
 
 
 # A project without stages
@@ -203,11 +208,24 @@ def test_where_the_stage_matters_a_schedule_is_recommended_and_truly_beats_the_s
     assert schedule["low"] < true_gain(mixtures) < schedule["high"]
     promised = schedule["gain_over_static"]
     assert promised == pytest.approx(true_gain(mixtures) - true_gain([STATIC] * 2), abs=0.1)
+    assert 0 < schedule["low_over_static"] < promised < schedule["high_over_static"]
     assert json.loads(json.dumps(schedule)) == schedule
     Schedule(stages=schedule["stages"])  # what a trainer takes
     assert schedule["rows"][0]["checkpoint_loss"] is None
     assert len(schedule["rows"][1]["checkpoint_loss"]) == 4
     assert schedule["checkpoint_r2"][0] > 0.8
+
+
+def test_a_gain_over_the_static_mixture_that_is_not_sure_recommends_no_schedule():
+    """The stage matters, and the schedule looks better by its own models, as any best one does."""
+    staged = staged_truth(n_runs=96, seed=1, noise=0.4)
+
+    found = choose_schedule(settings(), staged, MODEL, LIVE, BASELINES, RECOMMENDED)
+
+    assert found["stage_matters"]
+    assert found["gain_over_static"] > 0 > found["low_over_static"]
+    assert found["recommended"] == "static"
+    assert found["stages"] == [[1.0, STATIC]]
 
 
 def test_a_pool_out_of_reach_gets_the_static_recommendation():
@@ -219,13 +237,13 @@ def test_a_pool_out_of_reach_gets_the_static_recommendation():
     assert found["gain"] == 0.1
 
 
-def ask_next(schedule: dict, path) -> NextStage:
+def ask_next(schedule: dict, path, live=LIVE, staged=STAGED) -> NextStage:
     return recommend_next(
         settings(),
         path,
-        stage_table=STAGED.to_frame(),
+        stage_table=staged.to_frame(),
         cate_model=MODEL,
-        live_covariates=LIVE,
+        live_covariates=live,
         baselines=BASELINES,
         schedule=schedule,
     )
@@ -275,3 +293,59 @@ def test_a_later_stage_needs_losses(schedule, tmp_path):
 
     with pytest.raises(ConfigError, match="loss must be given for each domain before stage 2 of 2"):
         ask_next(schedule, path)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.95])
+def test_a_checkpoint_within_a_stage_is_refused_with_the_boundaries(schedule, tmp_path, fraction):
+    path = tmp_path / "c.csv"
+    frame = checkpoint_frame(STAGED, STAGED.runs.run_ids[0], 1)
+    frame.with_columns(fraction=pl.lit(fraction)).write_csv(path)
+
+    words = rf"fraction must be where a stage starts \(0, 0.5\), got {fraction}"
+    with pytest.raises(ConfigError, match=words):
+        ask_next(schedule, path)
+
+
+def test_where_no_schedule_is_recommended_the_next_stage_is_static_with_the_reason(
+    schedule, tmp_path
+):
+    path = tmp_path / "c.csv"
+    checkpoint_frame(STAGED, STAGED.runs.run_ids[0], 1).write_csv(path)
+    ends = {"gain_over_static": 0.1, "low_over_static": -0.2, "high_over_static": 0.4}
+
+    found = ask_next(schedule | {"recommended": "static"} | ends, path)
+    far = ask_next(schedule_for(LIVE.with_columns(p=pl.lit(50.0))), path)
+
+    assert found.row["mixture"] == far.row["mixture"] == STATIC
+    assert "isn't surely better" in found.note and "-0.2 to +0.4" in found.note
+    assert "The live pool is out of reach" in far.note
+
+
+def test_a_pool_that_moved_out_of_reach_keeps_the_reference_and_says_so(schedule, tmp_path):
+    path = tmp_path / "c.csv"
+    checkpoint_frame(STAGED, STAGED.runs.run_ids[0], 1).write_csv(path)
+
+    found = ask_next(schedule, path, LIVE.with_columns(p=pl.lit(50.0)))
+
+    assert found.row["mixture"] == pytest.approx(EQUAL)
+    assert found.note == "The live pool is out of the proxy runs' reach: the reference is kept."
+
+
+def test_losses_that_some_runs_lack_leave_the_pool_to_decide_and_the_asset_says_so(
+    schedule, tmp_path
+):
+    """A domain whose share is 0 in every stage of a run isn't measured there."""
+    staged = replace(STAGED, loss_NSD=STAGED.loss_NSD.copy())
+    staged.loss_NSD[:3, 1, 2] = np.nan
+
+    found = choose_schedule(settings(), staged, MODEL, LIVE, BASELINES, RECOMMENDED)
+
+    assert found["recommended"] == "schedule"
+    assert "c in 3 runs of" in found["note"]
+    assert [row["checkpoint_loss"] for row in found["rows"]] == [None, None]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    checkpoint_frame(staged, staged.runs.run_ids[0], 1).write_csv(tmp_path / "c.csv")
+    following = ask_next(found, tmp_path / "c.csv", staged=staged)
+    assert following.row["mixture"] == pytest.approx(found["stages"][1][1])
+    assert following.note == found["note"]
+    assert schedule["note"] == ""

@@ -284,6 +284,10 @@ def test_runs_of_another_recipe_are_left_out_and_counted(topped_up):
     for changed in others.values():
         left_out = collect_top_up_runs(project, changed, runs, scorers)
         assert (left_out.frame.height, left_out.misfits) == (0, TOP_UP_RUNS)
+    first = pl.int_range(pl.len()) == 0  # the design has two recipes, this one among them
+    config = pl.when(first).then(pl.lit('{"hidden": 8}')).otherwise("config").alias("config")
+    also = collect_top_up_runs(project, design.with_columns(config), runs, scorers)
+    assert (also.frame.height, also.misfits) == (TOP_UP_RUNS, 0)
     assert collect_top_up_runs(project, design, runs, ["other"]).misfits == TOP_UP_RUNS
 
 

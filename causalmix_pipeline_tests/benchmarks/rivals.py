@@ -26,6 +26,7 @@ from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
 from causalmix_pipeline.adapters.estimators import choose_estimator, fit_chosen
 from causalmix_pipeline.adapters.experiment import keep_states, measure_states
 from causalmix_pipeline.adapters.local_backend import engine_name
+from causalmix_pipeline.adapters.rivals import describe_state
 from causalmix_pipeline.core.controller_tuning import (
     CONTROLLERS,
     TUNING_SEEDS,
@@ -110,11 +111,11 @@ def places_of(bench: Bench, first: int, n_states: int) -> Places:
     names = bench.normaliser.covariates
     values_MDP = measure_states(bench.documents, bench.domains, names, memberships, bench.sampler)
     columns = [names.index(name) for name in DEFAULT_COVARIATES]
-    tokens_MD = np.exp2(values_MDP[:, :, names.index("log2_tokens")])
+    described = [describe_state(bench.documents, bench.domains, each) for each in memberships]
     return Places(
         keep_states(bench.store, bench.documents, bench.domains, memberships),
         bench.normaliser.scale(values_MDP)[:, :, columns],
-        tokens_MD / tokens_MD.sum(1, keepdims=True),
+        np.array([frame["natural_share"].to_numpy() for frame in described]),
     )
 
 
@@ -158,10 +159,9 @@ def tuned_controllers(bench: Bench, n_runs: int) -> Tuning:
         )
         for kind in CONTROLLERS
     }
-    equal_D = np.full((len(places.hashes), n_domains), 1 / n_domains)
     return tune(
         drawn,
-        dict.fromkeys(CONTROLLERS, equal_D),
+        starts_of(places),
         track_of(bench, places, TUNING_SEEDS_FROM, 1),
         size_of(config),
         train=trainer(bench, "tuning"),
@@ -199,17 +199,23 @@ def static_rivals(bench: Bench, runs: RunTable, places: Places) -> dict[str, np.
     return {name: np.array([m[name] for m in made]) for name in names}
 
 
+def starts_of(places: Places) -> dict[str, np.ndarray]:
+    """Where controllers start: the reference of DoReMi from natural shares, others from equal."""
+    equal_MD = np.full(places.natural_MD.shape, 1 / places.natural_MD.shape[1])
+    return {kind: places.natural_MD if kind == "doremi" else equal_MD for kind in CONTROLLERS}
+
+
 def entrants_of(
     bench: Bench, runs: RunTable, places: Places, tuned: Mapping[str, ControllerConfig]
 ) -> list[Entrant]:
-    """All that is compared; controllers start from equal shares."""
+    """All that is compared; ours without limits, as its rivals are."""
     mixture_MD, promised_M = recommended(bench, runs, places)
     print(f"promised over equal: {promised_M.mean():.4f} bits per byte")
-    static = static_rivals(bench, runs, places)
+    static, starts = static_rivals(bench, runs, places), starts_of(places)
     return [
         *(static_entrant(name, mixture_MD) for name, mixture_MD in static.items()),
         static_entrant("recommended", mixture_MD),
-        *(controlled_entrant(kind, each, static["equal"]) for kind, each in tuned.items()),
+        *(controlled_entrant(kind, each, starts[kind]) for kind, each in tuned.items()),
     ]
 
 
@@ -266,7 +272,13 @@ def sizes_compared(
     ]
     lanes = lanes_of(entrants, track_of(bench, places, NEW_SEEDS_FROM, seeds), [large])
     outcomes = run_lanes(by_state(lanes), trainer(bench, large.name), score_of(bench))
-    return rival_table(outcomes, [large], {"recommended": float(own.n_runs * large.config.tokens)})
+    small = size_of(ProxyConfig())
+    cost = runs.n_runs * small.config.tokens * small.flops_a_token / large.flops_a_token
+    search = {
+        "recommended": float(own.n_runs * large.config.tokens),
+        "recommended by the small size": cost,
+    }
+    return rival_table(outcomes, [large], search)
 
 
 def show(table: pl.DataFrame) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.demo_pool import assemble_demo_pool
-from causalmix_pipeline.adapters.estimators import fit_chosen
+from causalmix_pipeline.adapters.estimators import CombinedEstimator, fit_chosen
 from causalmix_pipeline.adapters.experiment import measure_states
 from causalmix_pipeline.adapters.staged_fits import Remembering, fit_stages
 from causalmix_pipeline.core.design import DesignPlan
@@ -30,7 +30,12 @@ from causalmix_pipeline.core.pool_state import draw_state, index_documents
 from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.stage_effects import predict_staged
-from causalmix_pipeline.core.stage_schedule import StageObjective, joint_gain, roll_schedule
+from causalmix_pipeline.core.stage_schedule import (
+    StageObjective,
+    joint_gain,
+    joint_over_static,
+    roll_schedule,
+)
 from causalmix_pipeline.core.stage_trial import stage_matters
 from causalmix_pipeline.core.stages import StagedRuns
 from causalmix_pipeline_tests.benchmarks.state_matters import (
@@ -60,6 +65,7 @@ def held_out(staged: StagedRuns, names: tuple[str, ...], weights_T: np.ndarray) 
     """R2 within unseen pool states of the objective, and the mean of the wanted tasks' R2.
 
     Each by the mean mixture, by the stages' mixtures, and by these and the checkpoints.
+    Hyper-parameters are searched anew without each fold.
     """
     tasks = [task for task, w in zip(staged.runs.tasks, weights_T, strict=True) if w > 0]
     staged = replace(staged, runs=staged.runs.select_tasks(tasks))
@@ -69,7 +75,7 @@ def held_out(staged: StagedRuns, names: tuple[str, ...], weights_T: np.ndarray) 
         chosen = dict.fromkeys(tasks, name)
         predicted = {
             "mean mixture": cross_validate(
-                lambda chosen=chosen: Remembering(chosen, 0)(-1, staged.runs), staged.runs
+                lambda chosen=chosen: CombinedEstimator(chosen, 0), staged.runs
             ).prediction_NT,
             "stages": predict_staged(staged, Remembering(chosen, 0)),
             "stages and checkpoints": predict_staged(
@@ -117,7 +123,7 @@ def schedules(bench: Bench, staged: StagedRuns, name: str, n_new: int) -> pl.Dat
                          domains=bench.domains, unconstrained_too=False)  # fmt: skip
         choices = roll_schedule(fits.models, fits.rolls, state_DP, best.mixture_D, objective)
         gain, se = joint_gain(choices)
-        over_static = gain - sum(choice.gain_static for choice in choices)
+        over_static, _ = joint_over_static(choices)
         rows.append((m, "static", best.gain, best.gain_se, None, best.mixture_D.tolist()))
         rows.append((m, "schedule", gain, se, over_static, None))
         rows += [

@@ -20,7 +20,7 @@ def staged_truth(
 
     Args:
         kind: `order`: each stage has effects of its own. `mean`: only the mean mixture counts.
-            `sum`: each stage has the same effects.
+            `sum`: each stage has the same effects. `recency`: the same, and later ones weigh more.
         n_stages: at most 3.
         n_runs: without the noise panel.
         seed: of design and noise.
@@ -55,7 +55,8 @@ def staged_truth(
 def effect_at(state_DP: np.ndarray, stage: int, kind: str = "order") -> np.ndarray:
     """What sqrt(share) does in a stage, on pools in these states; shape (..., D)."""
     effect_D = EFFECT_SD[stage if kind == "order" else 0]
-    return effect_D + 0.1 * (state_DP[..., 0] - state_DP[..., 1])
+    weight = 0.5 + stage if kind == "recency" else 1.0
+    return weight * (effect_D + 0.1 * (state_DP[..., 0] - state_DP[..., 1]))
 
 
 def controls(mixture_NSD: np.ndarray, rng: np.random.Generator) -> list[dict]:

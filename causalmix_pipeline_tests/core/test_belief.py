@@ -13,9 +13,11 @@ from causalmix_pipeline.core.belief import (
     noise_floor,
     overlap,
     placebo,
+    reach_of,
 )
 from causalmix_pipeline.core.effects import Gain
 from causalmix_pipeline.core.errors import EstimationError
+from causalmix_pipeline_tests.core.staged_truth import staged_truth
 
 POOL = SyntheticPool.draw(6, 4, 2, seed=1)
 STATES_SDP = POOL.draw_states(64, np.random.default_rng(0))
@@ -35,6 +37,40 @@ def share_of(verdict: str, states: list[np.ndarray]) -> float:
 def test_states_of_the_same_kind_are_supported():
     """By construction 5% of the runs' own states are not; new ones somewhat more."""
     assert share_of("supported", shifted(0.0, slice(0, 6))) >= 0.85
+
+
+def test_checkpoints_of_one_pool_are_no_neighbours_and_new_pools_stay_near():
+    """Each run is a state of its own; by the distances to its twins new pools were far."""
+    rng = np.random.default_rng(0)
+    pool_MDP = rng.normal(size=(40 + 40, 4, 5))
+    new = [np.column_stack([pool_DP, rng.normal(size=4)]) for pool_DP in pool_MDP[40:]]
+    group_S = np.repeat(np.arange(40), 6)
+    loss_SD1 = rng.normal(size=(len(group_S), 4, 1))
+    twins_SDP = np.concatenate([pool_MDP[group_S], loss_SD1], axis=2)
+
+    def far(groups: np.ndarray | None) -> float:
+        verdicts = [overlap(state_DP, twins_SDP, group_S=groups).verdict for state_DP in new]
+        return float(np.mean([verdict != "supported" for verdict in verdicts]))
+
+    assert far(group_S) <= 0.15
+    assert far(None) >= 0.4
+    alone = overlap(new[0], twins_SDP, group_S=np.arange(len(twins_SDP)))
+    assert alone.score == pytest.approx(overlap(new[0], twins_SDP).score)
+    assert overlap(new[0] + 20, twins_SDP, group_S=group_S).verdict == "unsupported"
+
+
+def test_the_checkpoints_of_staged_runs_are_told_by_their_pool():
+    runs = staged_truth(n_runs=64).table(1, checkpoint=True)
+    state_DP = runs.state_NDP[0] + 0.5
+    groups = overlap(state_DP, runs.state_NDP, group_S=runs.groups)
+
+    assert reach_of(runs, state_DP).score == groups.score
+    assert reach_of(replace(runs, group_N=None), state_DP).score != groups.score
+
+
+def test_states_of_one_pool_count_as_one_where_few_are_refused():
+    with pytest.raises(EstimationError, match="at least 7 distinct pool states, got 4"):
+        overlap(STATES_SDP[0], STATES_SDP[:16], group_S=np.repeat(np.arange(4), 4))
 
 
 def test_a_far_shift_of_every_domain_is_unsupported():

@@ -11,6 +11,7 @@ from causalmix_pipeline.core.controller_tuning import (
     n_settings,
     run_cost,
     tune,
+    tuned_already,
     tuning_lanes,
 )
 from causalmix_pipeline.core.controllers import DoReMi, OnlineBandit
@@ -64,6 +65,19 @@ def test_no_two_settings_are_the_same_controller_under_other_names():
     assert len(drawn) == 40
 
 
+@pytest.mark.parametrize(
+    ("given", "n_different"),
+    [({"memory": "sum"}, 5), ({"memory": "average"}, 40), ({"smoothing": 0.5}, 10)],
+)
+def test_a_given_memory_decides_what_is_the_same(given, n_different):
+    drawn = [each.to_dict() for each in draw_settings("online_bandit", given, 40, seed=0)]
+
+    assert all(each[name] == value for each in drawn for name, value in given.items())
+    assert len(drawn) == n_different
+    if given == {"memory": "average"}:
+        assert len({each["smoothing"] for each in drawn}) > 35
+
+
 @of_each_kind
 def test_no_setting_costs_more_than_the_papers(kind):
     costs = [run_cost(each, ProxyConfig(), 6) for each in draw_settings(kind, {}, 60, seed=0)]
@@ -86,7 +100,11 @@ def test_what_the_user_set_stays_and_the_rest_is_searched():
         ("exp3", {}, "compare.controllers must be among online_bandit, doremi, rl_scheduler, got"),
         ("doremi", {"eta": 1.0}, "compare.controllers.doremi must have settings among .*'eta'"),
         ("doremi", {"step_size": "1e-4"}, "YAML takes 1e-4 for text"),
-        ("doremi", {"step_size": -1.0}, "step_size must be > 0, got -1.0"),
+        ("doremi", {"step_size": -1.0}, "compare.controllers.doremi.step_size must be > 0, got -1"),
+        ("doremi", {"step_size": float("inf")}, "step_size must be a finite number, got inf"),
+        ("doremi", {"blocks": 10.5}, "compare.controllers.doremi.blocks must be a whole number"),
+        ("doremi", {"blocks": True}, "compare.controllers.doremi.blocks must be a whole number"),
+        ("online_bandit", {"memory": 3}, "online_bandit.memory must be text, got 3"),
     ],
 )
 def test_a_wrong_controller_is_refused(kind, given, message):
@@ -164,6 +182,37 @@ def test_settings_that_always_diverge_lose():
 
     assert found.chosen == {"online_bandit": OnlineBandit(memory="sum")}
     assert found.trials[0]["gain"] is None
+
+
+def test_one_survivor_of_a_setting_that_diverges_wins_nothing():
+    steady, wild = OnlineBandit(), OnlineBandit(smoothing=0.5)
+
+    def loss(spec):
+        if spec.controller != wild:
+            return 1.0
+        return 0.1 if (spec.state_hash, spec.data_seed) == ("first", 1) else None
+
+    found = tune(
+        {"online_bandit": [wild, steady]}, STARTS, TRACK, SIZES[0], train=Trainer(loss), score=SCORE
+    )
+
+    assert found.chosen == {"online_bandit": steady}
+    assert [row["diverged"] for row in found.trials] == [5, 0]
+    assert found.trials[0]["gain"] > found.trials[1]["gain"]
+
+
+def test_what_was_tuned_is_read_back_only_where_every_trial_has_a_record():
+    search = ({"doremi": [DoReMi(), DoReMi(step_size=2.0)]}, STARTS, TRACK, SIZES[0])
+    trainer = Trainer(lambda spec: 1.0 - (spec.controller is None) * spec.mixture[0])
+    made = tune(*search, train=trainer, score=SCORE)
+
+    def read(spec):
+        return trainer.record(spec) if spec.key in trainer.trained else None
+
+    again = tuned_already(*search, read=read, score=SCORE)
+    assert again is not None and (again.chosen, again.trials) == (made.chosen, made.trials)
+    trainer.trained.popitem()
+    assert tuned_already(*search, read=read, score=SCORE) is None
 
 
 def test_trials_train_on_their_own_states_alone():

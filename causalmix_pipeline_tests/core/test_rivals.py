@@ -136,6 +136,33 @@ def test_a_diverged_run_leaves_its_pair_out_and_is_told():
     assert row["diverged"] == 1
 
 
+def test_a_finder_that_found_nothing_is_the_whole_run_and_its_cost_counts_once():
+    class LostReference(Trainer):
+        def record(self, spec):
+            record = super().record(spec)
+            if spec.controller is None:
+                return record
+            control = {"mean_shares": None, "total_tokens": float(spec.config.tokens)}
+            return replace(record, bits_per_byte={}, diverged=True, control=control)
+
+    trainer = LostReference(loss)
+    outcomes = run_lanes(lanes_of([EQUAL, DOREMI], TRACK, SIZES), trainer, SCORE)
+
+    rows = {row["size"]: row for row in rival_table(outcomes, SIZES, {}).to_dicts()
+            if row["entrant"] == "doremi"}  # fmt: skip
+    assert not any(spec.mixture == MEAN_SHARES for spec in trainer.trained.values())
+    for size in ("32x1", "64x2"):
+        assert rows[size]["outcome"] is None and rows[size]["diverged"] == 6
+        assert rows[size]["total_flops"] == pytest.approx(2 * SMALL.tokens * 10)
+
+
+def test_the_mixture_is_found_at_the_small_size_for_a_larger_one_alone():
+    lanes = lanes_of([DOREMI], TRACK, SIZES[1:], found_at=SIZES[0])
+
+    assert {lane.finder.config for lane in lanes if lane.finder} == {SMALL}
+    assert {lane.spec.config for lane in lanes} == {LARGE}
+
+
 def test_a_rival_without_any_outcome_has_no_gain():
     row = table(RECOMMENDED, EQUAL, loss=lambda spec: None if spec.mixture[0] > 0.4 else 1.0)
 
@@ -149,6 +176,16 @@ def test_the_price_counts_what_finders_will_find_even_beside_the_same_mixture():
     keys = {spec.key for spec in price_specs(lanes)}
 
     assert len(keys) == 12 + 6 + 12
+
+
+def test_the_price_of_a_mixture_that_is_found_is_that_of_its_own_run():
+    trainer = Trainer(loss)
+    lanes = lanes_of([DOREMI], TRACK, SIZES)
+    run_lanes(lanes, trainer, SCORE)
+
+    keys = {spec.key for spec in price_specs(lanes, trainer.record)}
+
+    assert keys == trainer.trained.keys()
 
 
 def test_the_outcome_weighs_tasks_and_tells_nothing_where_one_is_missing():

@@ -280,6 +280,11 @@ def test_a_sentence_says_what_size_is_asked_for_and_how_far_it_is():
 
     assert within == "For a model of 262,144 parameters; proxies had 65,536 to 262,144."
     assert beyond.endswith(
-        "2,097,152 parameters; proxies had 65,536 to 262,144, 3.0 doublings away, so the interval "
-        "is 1.75 times as wide."
+        "2,097,152 parameters; proxies had 65,536 to 262,144, 3.0 doublings away: effects are read "
+        "at 1,048,576, and the interval is 1.75 times as wide."
+    )
+    near = SizeReach(19.0, 16.0, 18.0).to_dict()
+    assert near["read_at_parameters"] == near["parameters"] == 2**19
+    assert size_sentence(near).endswith(
+        "1.0 doublings away, so the interval is 1.25 times as wide."
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from causalmix_pipeline.adapters.staged_fits import StageFits, fit_stages
+from causalmix_pipeline.adapters.estimators import CombinedEstimator
+from causalmix_pipeline.adapters.staged_fits import Remembering, StageFits, fit_stages
 from causalmix_pipeline.adapters.structured_ridge import StructuredRidge
 from causalmix_pipeline.core.effects import center_by_state, cross_validate, r_squared
 from causalmix_pipeline.core.policy import Constraints
@@ -14,6 +15,7 @@ from causalmix_pipeline.core.stage_schedule import (
     StageObjective,
     choose_stage,
     joint_gain,
+    joint_over_static,
     roll_schedule,
     state_at,
 )
@@ -116,8 +118,18 @@ def test_the_schedule_truly_gains_nearly_what_is_to_be_had_and_promises_no_more(
     np.testing.assert_array_equal(
         choices[1].loss_D, fits.rolls[0].predict(LIVE_DP, choices[0].mixture_D, None)
     )
-    over_static = sum(choice.gain - choice.gain_static for choice in choices)
+    over_static, over_se = joint_over_static(choices)
+    assert 0 < over_se < 3 * se
     assert over_static == pytest.approx(realised - true_gain([static_D] * 3), abs=0.1)
+
+
+def test_standard_errors_of_stages_add_up_as_they_are(fits):
+    """By the root of the sum of squares, 90% intervals covered half of the true gains."""
+    choices = roll_schedule(fits.models, fits.rolls, LIVE_DP, EQUAL_D, objective(fits))
+
+    assert joint_gain(choices)[1] == pytest.approx(sum(choice.gain_se for choice in choices))
+    over, over_se = joint_over_static(choices)  # here the static mixture is the reference
+    assert (over, over_se) == pytest.approx(joint_gain(choices))
 
 
 def test_each_stage_keeps_to_the_constraints(fits):
@@ -145,6 +157,29 @@ def test_a_checkpoint_that_no_proxy_had_is_out_of_reach(fits):
         choice = choose_stage(fits.models[1], state, EQUAL_D, objective(fits))
 
         assert choice.reach.verdict == verdict
+
+
+def test_hyper_parameters_are_searched_without_the_other_stages_effects():
+    """On outcomes with them in, another penalty is the best."""
+    staged = staged_truth(n_runs=32)
+    chosen = {"first": "response_surface"}  # it is the one that reuses what was searched
+    model = fit_stages(staged, chosen, {"first": 1.0}, checkpoint=False).models[0]
+
+    searched = CombinedEstimator(chosen, 0).fit(model.table).parameters()["members"]
+    raw = staged.table(0).select_tasks(("first",))
+    assert model.estimator.parameters()["members"] == searched  # pyright: ignore[reportAttributeAccessIssue]
+    assert CombinedEstimator(chosen, 0).fit(raw).parameters()["members"] != searched
+
+
+def test_without_a_folds_runs_hyper_parameters_are_searched_anew():
+    staged = staged_truth(n_runs=64, noise=0.1)
+    make = Remembering({"first": "structured_ridge", "second": "structured_ridge"}, 0)
+    first, rest = staged.table(0), staged.subset(np.arange(20, 60)).table(0)
+
+    for table in (first, rest, rest):
+        make(0, table)
+
+    assert len(make.known) == 2
 
 
 def test_tasks_without_a_say_are_not_fitted(fits):

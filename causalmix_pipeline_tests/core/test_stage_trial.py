@@ -19,7 +19,10 @@ def test_the_order_is_found_where_stages_have_effects_of_their_own():
     assert trial.passed
     assert trial.p == pytest.approx(0.05)
     assert trial.added > 0.3
+    assert trial.r2_own - trial.r2_scaled > 0.1
+    assert trial.p_own < 0.01
     assert trial.describe().startswith("The stage matters: the order of the mixtures adds +0.")
+    assert "effects of each stage's own add +0." in trial.describe()
 
 
 @pytest.mark.parametrize("kind", ["mean", "sum"])
@@ -35,10 +38,24 @@ def test_the_order_is_not_found_where_stages_are_alike(kind):
     ("added", "p", "passed"), [(0.1, 0.05, True), (0.1, 0.06, False), (-0.1, 0.02, False)]
 )
 def test_it_matters_where_the_order_adds_something_and_more_than_placebos(added, p, passed):
-    trial = StageTrial(0.5, 0.5 + added, p, 49)
+    trial = StageTrial(0.5, 0.5 + added, p, 49, 0.6, 0.7, 0.01)
 
-    assert trial.passed == passed
+    assert trial.passed == trial.has_order == passed
     assert trial.added == pytest.approx(added)
+
+
+def test_later_stages_that_weigh_more_but_want_the_same_mixture_do_not_pass():
+    trials = [
+        stage_matters(staged_truth("recency", seed=s, n_runs=128, noise=0.1), HALF, 19, seed=s)
+        for s in range(5)
+    ]
+
+    assert all(trial.has_order for trial in trials)
+    assert sum(trial.has_own_effects for trial in trials) <= 1
+    assert not all(trial.passed for trial in trials)
+    words = next(trial for trial in trials if not trial.passed).describe()
+    assert words.startswith("The stage isn't shown to matter for the mixture")
+    assert "aren't shown to want different mixtures" in words
 
 
 def test_the_test_is_of_the_objective():

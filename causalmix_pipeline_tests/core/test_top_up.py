@@ -118,6 +118,11 @@ def test_the_frame_is_that_of_a_run_table():
     assert runs.mixture_ND == pytest.approx(np.array([FIRST[0], FIRST[1]]))
 
 
+def test_runs_of_a_state_at_two_sizes_have_names_of_their_own():
+    assert top_up_name("abcdef" * 6, 7) == "top_up/abcdefabcdef/007"
+    assert top_up_name("abcdef" * 6, 7, 16.0) == "top_up/abcdefabcdef@65536/007"
+
+
 def test_a_run_table_without_covariates_takes_them_too():
     blind = replace(RUNS, covariates=(), state_NDP=np.empty((RUNS.n_runs, 4, 0)))
     done = top_up_frame(

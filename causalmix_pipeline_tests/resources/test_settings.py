@@ -66,7 +66,25 @@ def refusal(**raw) -> str:
             "'eta'",
         ),
         ({"compare": {"larger": {"depth": 2}}}, "compare.larger.depth", "known: hidden"),
-        ({"compare": {"larger": {"hidden": "64"}}}, "compare.larger must hold numbers", "'64'"),
+        ({"compare": {"larger": {"vocab_size": 99}}}, "compare.larger.vocab_size", "known: hidden"),
+        ({"compare": {"larger": {"hidden": "64"}}}, "compare.larger.hidden must be a", "'64'"),
+        ({"compare": {"larger": {"hidden": 33}}}, "compare.larger.hidden must be a multiple", "33"),
+        ({"compare": {"larger": {"bf16": 1}}}, "compare.larger.bf16 must be true or", "got 1"),
+        (
+            {"compare": {"larger": {"hidden": 16}}},
+            "compare.larger.hidden must make a model that costs at least",
+            "{'hidden': 16}",
+        ),
+        (
+            {"compare": {"controllers": {"rl_scheduler": {"updates": 2.5}}}},
+            "compare.controllers.rl_scheduler.updates must be a whole number",
+            "got 2.5",
+        ),
+        (
+            {"compare": {"controllers": {"doremi": {"step_size": float("inf")}}}},
+            "compare.controllers.doremi.step_size must be a finite number",
+            "got inf",
+        ),
         (
             {"compare": {"larger": {"hidden": 64}}, "proxy": {"pretrained": "x"}},
             "compare.larger must be empty with proxy.pretrained",
