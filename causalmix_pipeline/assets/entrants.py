@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
 from causalmix_pipeline.adapters.rivals import NewStates
-from causalmix_pipeline.assets.recommendation import choose_mixture, weights_of
+from causalmix_pipeline.assets.recommendation import baselines_for, choose_mixture
 from causalmix_pipeline.assets.sizes import with_target
 from causalmix_pipeline.assets.stages import choose_schedule, staged_runs
 from causalmix_pipeline.core.controllers import Schedule
@@ -51,16 +50,7 @@ def recommend_for_state(
     settings: Settings, runs: RunTable, cate_model: dict, state: pl.DataFrame
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
     """The baselines of a pool state, a column each, and what is recommended for it."""
-    policy, natural_D = settings.policy, state["natural_share"].to_numpy()
-    fixed = policy.fixed_mixture
-    made = make_baselines(
-        runs,
-        weights_of(settings, runs),
-        natural_D,
-        None if fixed is None else np.array([fixed.get(domain, 0.0) for domain in runs.domains]),
-        seed=settings.seed,
-    )
-    frame = pl.DataFrame({"domain": runs.domains, **made, "reference": made[policy.reference]})
+    frame = baselines_for(settings, runs, state["natural_share"].to_numpy())
     none = pl.DataFrame(schema={"run_id": pl.String})
     return frame, choose_mixture(settings, runs, cate_model, state, frame, none)
 

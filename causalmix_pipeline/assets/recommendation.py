@@ -43,6 +43,20 @@ def simplex_check(name: str, mixtures: Sequence[np.ndarray]) -> dg.AssetCheckRes
     )
 
 
+def baselines_for(settings: Settings, runs: RunTable, natural_D: np.ndarray) -> pl.DataFrame:
+    """One row per domain, one column per baseline, and the reference, which is one of them."""
+    fixed = settings.policy.fixed_mixture
+    mixtures = make_baselines(
+        runs,
+        weights_of(settings, runs),
+        natural_D,
+        None if fixed is None else np.array([fixed.get(domain, 0.0) for domain in runs.domains]),
+        seed=settings.seed,
+    )
+    mixtures["reference"] = mixtures[settings.policy.reference]
+    return pl.DataFrame({"domain": runs.domains, **mixtures})
+
+
 @dg.asset(
     dagster_type=FRAME,
     group_name="recommendation",
@@ -68,17 +82,7 @@ def baseline_mixtures(
     shares, the run table, or task weights change.
     """
     runs, settings = RunTable.from_frame(run_table), project.settings
-    natural_D = live_covariates["natural_share"].to_numpy()
-    fixed = settings.policy.fixed_mixture
-    mixtures = make_baselines(
-        runs,
-        weights_of(settings, runs),
-        natural_D,
-        None if fixed is None else np.array([fixed.get(domain, 0.0) for domain in runs.domains]),
-        seed=settings.seed,
-    )
-    mixtures["reference"] = mixtures[settings.policy.reference]
-    frame = pl.DataFrame({"domain": runs.domains, **mixtures})
+    frame = baselines_for(settings, runs, live_covariates["natural_share"].to_numpy())
     return dg.MaterializeResult(
         value=frame,
         data_version=dg.DataVersion(content_digest(frame)),
@@ -91,7 +95,9 @@ def baseline_mixtures(
             **baselines_lineage(settings, frame, runs),
         },
         check_results=[
-            simplex_check("baselines_sum_to_one", [frame[name].to_numpy() for name in mixtures])
+            simplex_check(
+                "baselines_sum_to_one", [frame[name].to_numpy() for name in frame.columns[1:]]
+            )
         ],
     )
 
