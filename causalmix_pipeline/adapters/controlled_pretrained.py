@@ -15,15 +15,17 @@ import numpy as np
 
 from causalmix_pipeline.adapters.controlled_proxy import gradient_gram, mean_excess
 from causalmix_pipeline.adapters.packed_samples import BlockPacker, PackedDomain, SequenceRows
-from causalmix_pipeline.adapters.pretrained_proxy import (
+from causalmix_pipeline.adapters.pretrained_model import (
+    autocast,
+    load_model,
+    summed_loss,
+    token_losses,
+)
+from causalmix_pipeline.adapters.pretrained_trainer import (
     Checkpoints,
     Feed,
     Trainer,
-    autocast,
-    load_model,
     pack_state,
-    summed_loss,
-    token_losses,
 )
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.torch_proxy import is_out_of_memory

@@ -15,13 +15,9 @@ import torch
 
 from causalmix_pipeline.adapters import controlled_pretrained
 from causalmix_pipeline.adapters.controlled_pretrained import BlockFeed, controlled_trainer
-from causalmix_pipeline.adapters.pretrained_proxy import (
-    Feed,
-    load_model,
-    summed_loss,
-    token_losses,
-    train_pretrained,
-)
+from causalmix_pipeline.adapters.pretrained_model import load_model, summed_loss, token_losses
+from causalmix_pipeline.adapters.pretrained_proxy import train_pretrained
+from causalmix_pipeline.adapters.pretrained_trainer import Feed
 from causalmix_pipeline.core.controlled_run import ControlledRun
 from causalmix_pipeline.core.controllers import DoReMi, OnlineBandit, StaticMixture
 from causalmix_pipeline.core.errors import ProxyError

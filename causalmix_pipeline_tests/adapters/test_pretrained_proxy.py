@@ -12,18 +12,12 @@ import pytest
 import torch
 import transformers
 
-from causalmix_pipeline.adapters import pretrained_proxy
+from causalmix_pipeline.adapters import pretrained_model
 from causalmix_pipeline.adapters.model_tokens import describe_model
 from causalmix_pipeline.adapters.packed_samples import SequenceRows
-from causalmix_pipeline.adapters.pretrained_proxy import (
-    Checkpoints,
-    Feed,
-    Trainer,
-    check_isolation,
-    load_model,
-    summed_loss,
-    train_pretrained,
-)
+from causalmix_pipeline.adapters.pretrained_model import check_isolation, load_model, summed_loss
+from causalmix_pipeline.adapters.pretrained_proxy import train_pretrained
+from causalmix_pipeline.adapters.pretrained_trainer import Checkpoints, Feed, Trainer
 from causalmix_pipeline.adapters.run_store import EvalWindows
 from causalmix_pipeline.core.errors import ConfigError, ProxyError
 from causalmix_pipeline.core.tasks import Question
@@ -380,7 +374,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_without_an_outcome(model, tmp
 
     # The check for leaks would refuse it before: a model breaks while it trains.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained_proxy, "check_isolation", lambda *_: None)
+        patch.setattr(pretrained_model, "check_isolation", lambda *_: None)
         record = train_pretrained(
             store, broken, device="cpu", evaluation=evaluation,
             progress=lambda step, loss: trained.append(step),
@@ -463,8 +457,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from causalmix_pipeline_tests.adapters.pretrained_runs import *
-from causalmix_pipeline.adapters.pretrained_proxy import *
-import causalmix_pipeline.adapters.pretrained_proxy as proxy
+from causalmix_pipeline.adapters.pretrained_model import load_model, summed_loss
+from causalmix_pipeline.adapters.pretrained_trainer import Checkpoints, Feed, Trainer
 root, model = Path(sys.argv[1]), sys.argv[2]
 config = small_config(model, batch_sequences=256, micro_batch=256, tokens=256 * 64 * 2)
 store, spec, _ = write_run(root, config)
