@@ -20,7 +20,7 @@ from causalmix_pipeline_tests.conftest import write_documents
 COMMANDS = [
     "demo", "plan", "refresh", "status", "init", "ui", "doctor", "profile", "covariates",
     "fetch-scorer", "fit", "predict", "recommend", "pareto", "baselines", "explain", "top-up",
-    "condition", "export", "import", "runs",
+    "condition", "compare", "export", "import", "runs",
 ]  # fmt: skip
 
 

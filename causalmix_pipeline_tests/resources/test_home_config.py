@@ -122,7 +122,7 @@ def test_the_runs_of_every_job_that_trains_wait_in_the_queue_for_each_other(proj
         if node.pool == TRAINING_POOL
     }
 
-    assert can_train == {"experiment", "validate", "top_up", "refresh"}
+    assert can_train == {"experiment", "validate", "compare", "top_up", "refresh"}
     assert {job.name for job in jobs if TRAINS_TAG in job.tags} == can_train - {"refresh"}
 
 
