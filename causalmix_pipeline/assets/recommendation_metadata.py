@@ -30,10 +30,7 @@ def recommendation_metadata(value: Mapping[str, Any]) -> dict[str, Any]:
     """Verdict, gain, weights, rivals, tasks, limits and top-ups of a `recommended_mixture`."""
     domains, shares = value["domains"], value["mixtures"]
     best = shares["recommended"]
-    metadata: dict[str, Any] = {
-        "in short": dg.MetadataValue.md(in_short(value)),  # a text is cut at the cell's edge
-        "verdict": value["verdict"],
-    }
+    metadata: dict[str, Any] = {"in short": in_short(value), "verdict": value["verdict"]}
     for name in ("gain", "low", "high"):
         if value[name] is not None:
             key = "gain" if name == "gain" else f"gain, {name} end of 90% interval"
@@ -60,15 +57,14 @@ def recommendation_metadata(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_short(value: Mapping[str, Any]) -> str:
-    """Verdict, gain and its interval in a sentence; it has no name from data."""
+    """Verdict, gain and its interval; what they mean comes last, since the UI cuts long lines."""
     verdict = value["verdict"]
     meaning = size_words(verdict, value.get("size")) or MEANINGS[verdict]
-    start = f"{verdict}: {meaning}."
     if value["gain"] is None or value["low"] is None:
-        return f"{start} No gain is promised."
+        return f"{verdict}: no gain is promised; {meaning}."
     return (
-        f"{start} Expected gain over {value['reference_name']}: {value['gain']:+.3g} bits per byte "
-        f"(90%: {value['low']:+.3g} to {value['high']:+.3g})."
+        f"{verdict}: {value['gain']:+.3g} ({value['low']:+.3g} to {value['high']:+.3g}, 90%) "
+        f"bits per byte over {value['reference_name']}; {meaning}."
     )
 
 

@@ -215,7 +215,7 @@ def report(
         value=value,
         data_version=dg.DataVersion(content_digest("\n".join(texts).split("\n"))),
         metadata={
-            "in short": dg.MetadataValue.md(in_short(recommended_mixture)),
+            "in short": in_short(recommended_mixture),
             # Not a link: browsers follow none from a served page to a file.
             "report (a click copies the address; paste it into a new tab)": dg.MetadataValue.path(
                 path.as_uri()

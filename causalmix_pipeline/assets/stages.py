@@ -144,7 +144,7 @@ def stage_table(
                 passed=trial.passed,
                 severity=dg.AssetCheckSeverity.WARN,
                 metadata={
-                    "in short": dg.MetadataValue.md(trial.describe()),
+                    "in short": trial.describe(),
                     **({} if trial.reason else trial_figures(trial)),
                 },
             )
@@ -290,7 +290,7 @@ def recommended_schedule(
     mixtures = {f"stage {i + 1}": shares for i, (_, shares) in enumerate(value["stages"])}
     metadata: dict[str, Any] = {
         "recommended": value["recommended"],
-        "does the stage matter": dg.MetadataValue.md(value["sentence"]),
+        "does the stage matter": value["sentence"],
         "shares": by_domain_table(
             value["domains"], {**mixtures, "static": value["static"]}, "mixture"
         ),
