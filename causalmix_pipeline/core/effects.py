@@ -91,8 +91,9 @@ class CrossValidation:
             (over all runs), `spearman`, `spearman_within` (of the centred values), each with `_se`
             (jackknife over states), `coverage_90` (share of observed gains over the state's first
             run inside their nominal 90% interval; null without standard errors), `interval_factor`
-            (1 or more: by what standard errors must grow so that 90% are inside), `n_gains`,
-            `gain_slope` and `gain_slope_se` (see `core.gain_calibration`).
+            (1 or more: by what standard errors must grow so that 90% are inside, of the most
+            promising ones too), `n_gains`, `gain_slope` and `gain_slope_se` (see
+            `core.gain_calibration`).
     """
 
     name: str
@@ -394,27 +395,28 @@ def _rows_by_state(runs: RunTable, mask_N: np.ndarray) -> list[tuple[np.ndarray,
     return [(rows, runs.state_NDP[rows[0]]) for rows in by_run]
 
 
-def _errors(
-    runs: RunTable, fold_N: np.ndarray, joined: FoldPrediction
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Errors of gains over the state's first run, and the two parts of their variance.
+def _errors(runs: RunTable, fold_N: np.ndarray, joined: FoldPrediction) -> tuple[np.ndarray, ...]:
+    """Errors of gains over the state's first run, and what they are judged by.
 
     Returns:
         Distance of the observed gain from the predicted, variance of the expected gain, variance
-        of the two runs' seed noise; shapes (N, T), nan where there is no gain or no error.
+        of the two runs' seed noise, predicted gain over the equal mixture of the better of the
+        two; shapes (N, T), nan where there is no gain or no error.
     """
-    error_NT = np.full(runs.outcome_NT.shape, np.nan)
+    error_NT, promise_NT = np.full((2, *runs.outcome_NT.shape), np.nan)
+    over_NT = joined.prediction_NT - joined.level_NT
     for fold in np.unique(fold_N):
         for rows, _ in _rows_by_state(runs, fold_N == fold):
             rise_MT = runs.outcome_NT[rows[1:]] - runs.outcome_NT[rows[0]]
             error_NT[rows[1:]] = rise_MT - joined.gain_NT[rows[1:]]
-    return np.abs(error_NT), joined.se_NT**2, 2 * joined.noise_NT
+            promise_NT[rows[1:]] = np.maximum(over_NT[rows[1:]], over_NT[rows[0]])
+    return np.abs(error_NT), joined.se_NT**2, 2 * joined.noise_NT, promise_NT
 
 
 def _score_table(
     runs: RunTable,
     joined: FoldPrediction,
-    errors_NT: tuple[np.ndarray, np.ndarray, np.ndarray],
+    errors_NT: tuple[np.ndarray, ...],
 ) -> pl.DataFrame:
     observed_NT, prediction_NT = runs.outcome_NT, joined.prediction_NT
     within_states = has_contrasts(runs)
@@ -424,9 +426,8 @@ def _score_table(
     for t, task in enumerate(runs.tasks):
         y, f = observed_NT[:, t], prediction_NT[:, t]
         yw, fw = within_NT[:, t], predicted_within_NT[:, t]
-        error_M, variance_M, noise_M = (part_NT[:, t] for part_NT in errors_NT)
-        told_M = np.isfinite(error_M) & np.isfinite(variance_M) & np.isfinite(noise_M)
-        error_M, variance_M, noise_M = error_M[told_M], variance_M[told_M], noise_M[told_M]
+        parts_KM = np.stack([part_NT[:, t] for part_NT in errors_NT])
+        error_M, variance_M, noise_M, promise_M = parts_KM[:, np.isfinite(parts_KM).all(axis=0)]
         statistics: dict[str, Callable[[np.ndarray], float]] = {
             "r2_within": lambda i, yw=yw, fw=fw: r_squared(yw[i], fw[i]),
             "r2": lambda i, y=y, f=f: r_squared(y[i], f[i], float(y[i].mean())),
@@ -439,7 +440,9 @@ def _score_table(
             row[f"{name}_se"] = jackknife_se(statistic, runs.groups)
         known, half_M = len(error_M) > 0, Z90 * np.sqrt(variance_M + noise_M)
         row["coverage_90"] = float((error_M <= half_M).mean()) if known else None
-        row["interval_factor"] = widening(error_M, variance_M, noise_M) if known else None
+        row["interval_factor"] = (
+            widening(error_M, variance_M, noise_M, promise_M) if known else None
+        )
         row["n_gains"] = len(error_M)
         row["gain_slope"], row["gain_slope_se"] = slope_of_gains(
             y, f, joined.level_NT[:, t], runs, within_states=within_states

@@ -22,6 +22,14 @@ Z90 = 1.6448536269514722
 #: Most that standard errors are multiplied by: beyond it, no interval says anything.
 WIDEST = 100.0
 
+#: Share of the held-out gains, those of the runs that promise most, that must be inside as well:
+#: a recommendation is picked for its promise. On 25 simulated worlds of 512 runs intervals of the
+#: recommended mixtures so covered 91% instead of 87%, of 256 runs 91% instead of 88%.
+PROMISING = 0.2
+
+#: Fewest of them that count.
+FEWEST_PROMISING = 20
+
 #: Fewest held-out runs with a predicted gain that tell how far gains hold.
 FEWEST_GAINS = 12
 
@@ -57,14 +65,27 @@ def read_calibration(values: Mapping[str, Mapping[str, Any]]) -> dict[str, GainC
     return {task: GainCalibration(**value) for task, value in values.items()}
 
 
-def widening(error_M: np.ndarray, variance_M: np.ndarray, noise_M: np.ndarray) -> float:
+def widening(
+    error_M: np.ndarray, variance_M: np.ndarray, noise_M: np.ndarray, promise_M: np.ndarray
+) -> float:
     """By what standard errors must grow so that 90% of held-out gains are inside; 1 or more.
 
     Args:
-        error_M: distance of each observed gain from the predicted.
+        error_M: distance of each observed gain from the predicted; one or more.
         variance_M: variance of the predicted gain.
         noise_M: variance of the seed noise in the observed one; it doesn't grow.
+        promise_M: what was predicted, over the equal mixture, of the better of the two runs. Of
+            those that promise most 90% must be inside too, if they aren't too few.
     """
+    factor = _factor(error_M, variance_M, noise_M)
+    best_M = promise_M >= np.quantile(promise_M, 1 - PROMISING)
+    if best_M.sum() < FEWEST_PROMISING:
+        return factor
+    return max(factor, _factor(error_M[best_M], variance_M[best_M], noise_M[best_M]))
+
+
+def _factor(error_M: np.ndarray, variance_M: np.ndarray, noise_M: np.ndarray) -> float:
+    """By what standard errors must grow so that 90% of these gains are inside."""
 
     def covered(factor: float) -> float:
         return float(np.mean(error_M <= Z90 * np.sqrt(factor**2 * variance_M + noise_M)))

@@ -1,12 +1,14 @@
-"""CPU seconds of one proxy run: the stacked engine against transformers' Qwen2, trained plainly.
+"""Seconds of one proxy run: the stacked engine against transformers' Qwen2, trained plainly.
 
 Rivals train the library's model on one thread, from the same weights and tokens: a plain loop
 (autograd, fused AdamW, clipping), and Hugging Face's Trainer with nothing logged, saved or scored.
 Every engine has a process of its own, so that its peak memory is its own; engines take turns and
 the best of their turns counts, because other work slows a shared machine. Ratios carry over to
-another machine, seconds do not. Run:
+another machine, seconds do not: CPU seconds on a CPU, seconds on a GPU. Run:
 
     OMP_NUM_THREADS=1 python -m causalmix_pipeline_tests.benchmarks.proxy_engine --shapes 32x1 64x2
+    OMP_NUM_THREADS=1 python -m causalmix_pipeline_tests.benchmarks.proxy_engine \
+        --device cuda --bf16 --shapes 32x1 128x2 256x4 --models 1 8 64 256
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +35,40 @@ from causalmix_pipeline.core.proxy import ProxyConfig
 Turn = Callable[[], float]
 
 
-def config_of(shape: str, *, steps: int, vocab_size: int) -> ProxyConfig:
+@dataclass(frozen=True)
+class Place:
+    """Where engines compute, and what counts as their time there."""
+
+    device: str
+
+    def clock(self) -> float:
+        """CPU seconds on a CPU; seconds once the device has done all, elsewhere."""
+        import torch
+
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak_mib(self) -> float:
+        """Most memory so far: of the process on a CPU, of the device elsewhere."""
+        import torch
+
+        if self.device == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return torch.cuda.max_memory_allocated() / 2**20
+
+
+def config_of(shape: str, *, steps: int, vocab_size: int, bf16: bool) -> ProxyConfig:
     """The configuration of a shape such as "64x2"; heads of 32 dimensions."""
     hidden, layers = (int(number) for number in shape.split("x"))
     return ProxyConfig(
-        hidden=hidden, layers=layers, heads=hidden // 32, vocab_size=vocab_size, steps=steps
+        hidden=hidden,
+        layers=layers,
+        heads=hidden // 32,
+        vocab_size=vocab_size,
+        steps=steps,
+        bf16=bf16,
     )
 
 
@@ -64,32 +97,36 @@ def parameter_groups(model: Any, config: ProxyConfig) -> list[dict[str, Any]]:
     ]
 
 
-def plain_loop(config: ProxyConfig, *, fused: bool) -> Turn:
-    """A turn: CPU seconds of the plain loop over all steps."""
+def plain_loop(config: ProxyConfig, place: Place, *, fused: bool) -> Turn:
+    """A turn: seconds of the plain loop over all steps."""
     import torch
 
-    model = library_model(config)
+    model = library_model(config).to(place.device)
     optimiser = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, fused=fused)
     batches = torch.as_tensor(draw_batches(config, 1)[:, 0])
 
     def turn() -> float:
-        start = time.process_time()
-        for step, tokens in enumerate(batches):
-            logits = model(input_ids=tokens[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        start = place.clock()
+        for step, each in enumerate(batches):
+            tokens = each.to(place.device)
+            with torch.autocast(place.device, torch.bfloat16, enabled=config.bf16):
+                logits = model(input_ids=tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), tokens[:, 1:].flatten()
+            )
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate_at(step)
             optimiser.step()
-        return time.process_time() - start
+        return place.clock() - start
 
     return turn
 
 
-def trainer(config: ProxyConfig) -> Turn:
-    """A turn: CPU seconds of `transformers.Trainer` over all steps, its set-up left out."""
+def trainer(config: ProxyConfig, place: Place) -> Turn:
+    """A turn: seconds of `transformers.Trainer` over all steps, its set-up left out."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -104,10 +141,10 @@ def trainer(config: ProxyConfig) -> Turn:
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            marks["begin"] = time.process_time()
+            marks["begin"] = place.clock()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            marks["end"] = time.process_time()
+            marks["end"] = place.clock()
 
     folder = tempfile.mkdtemp()
 
@@ -128,7 +165,8 @@ def trainer(config: ProxyConfig) -> Turn:
             eval_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=place.device == "cpu",
+            bf16=config.bf16,
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
             logging_nan_inf_filter=False,
@@ -142,45 +180,45 @@ def trainer(config: ProxyConfig) -> Turn:
     return turn
 
 
-def stack_of(config: ProxyConfig, n_models: int) -> Turn:
-    """A turn: CPU seconds a model of the stacked engine over all steps."""
+def stack_of(config: ProxyConfig, place: Place, n_models: int) -> Turn:
+    """A turn: seconds a model of the stacked engine over all steps."""
     batches = draw_batches(config, n_models)
 
     def turn() -> float:
-        return train_stack(config, batches.__getitem__, n_models, {}).cpu_seconds / n_models
+        start = place.clock()
+        train_stack(config, batches.__getitem__, n_models, {}, device=place.device)
+        return (place.clock() - start) / n_models
 
     return turn
 
 
-def engines(models: list[int]) -> dict[str, Callable[[ProxyConfig], Turn]]:
+def engines(models: list[int]) -> dict[str, Callable[[ProxyConfig, Place], Turn]]:
     """What is timed, by name."""
-    table: dict[str, Callable[[ProxyConfig], Turn]] = {
-        "plain loop, fused AdamW": lambda config: plain_loop(config, fused=True),
-        "plain loop, AdamW": lambda config: plain_loop(config, fused=False),
+    table: dict[str, Callable[[ProxyConfig, Place], Turn]] = {
+        "plain loop, fused AdamW": partial(plain_loop, fused=True),
+        "plain loop, AdamW": partial(plain_loop, fused=False),
         "HF Trainer": trainer,
     }
-    for n_models in models:
-        table[f"stack of {n_models}"] = lambda config, n_models=n_models: stack_of(config, n_models)
-    return table
+    return table | {f"stack of {k}": partial(stack_of, n_models=k) for k in models}
 
 
-def serve(shape: str, name: str, steps: int, vocab_size: int) -> None:
-    """Take a turn for each line of the input; print CPU seconds and peak MiB after each."""
+def serve(config: ProxyConfig, name: str, place: Place) -> None:
+    """Take a turn for each line of the input; print seconds and peak MiB after each."""
     import torch
 
     torch.set_num_threads(1)
     models = [int(name.split()[-1])] if name.startswith("stack") else []
-    turn = engines(models)[name](config_of(shape, steps=steps, vocab_size=vocab_size))
+    turn = engines(models)[name](config, place)
     for _ in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints what it did
             seconds = turn()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps([seconds, peak]), flush=True)
+        print(json.dumps([seconds, place.peak_mib()]), flush=True)
 
 
 def measure(shape: str, names: list[str], options: argparse.Namespace) -> None:
     """Let the engines take turns, and print their table."""
     common = ["--steps", str(options.steps), "--vocab-size", str(options.vocab_size)]
+    common += ["--device", options.device, *(["--bf16"] if options.bf16 else [])]
     workers = {
         name: subprocess.Popen(
             [sys.executable, "-m", __spec__.name, "--serve", shape, name, *common],
@@ -202,18 +240,22 @@ def measure(shape: str, names: list[str], options: argparse.Namespace) -> None:
                 turns[name].append(seconds)
     for worker in workers.values():
         worker.communicate()
-    config = config_of(shape, steps=options.steps, vocab_size=options.vocab_size)
+    config = config_of(shape, steps=options.steps, vocab_size=options.vocab_size, bf16=options.bf16)
     best = {name: min(seconds) for name, seconds in turns.items()}
     plain = min(best[name] for name in names if name.startswith("plain"))
-    print(f"{shape}, {config.heads} heads, vocabulary {config.vocab_size}, {options.rounds} rounds")
     print(
-        f"{'engine':<26}{'ms a step':>10}{'median':>8}{'tokens/CPU s':>14}"
+        f"{shape}, {config.heads} heads, vocabulary {config.vocab_size}, {options.rounds} rounds, "
+        f"{options.device}, {'bf16' if config.bf16 else 'fp32'}"
+    )
+    rate = "tokens/CPU s" if options.device == "cpu" else "tokens/s"
+    print(
+        f"{'engine':<26}{'ms a step':>10}{'median':>8}{rate:>14}"
         f"{'/ plain':>9}{'/ Trainer':>11}{'peak MiB':>10}"
     )
     for name, seconds in best.items():
         each, middle = (1e3 * x / config.steps for x in (seconds, np.median(turns[name])))
         print(
-            f"{name:<26}{each:>10.2f}{middle:>8.2f}{config.tokens / seconds:>14,.0f}"
+            f"{name:<26}{each:>10.3f}{middle:>8.3f}{config.tokens / seconds:>14,.0f}"
             f"{plain / seconds:>9.2f}{best['HF Trainer'] / seconds:>11.2f}{peak[name]:>10.0f}"
         )
 
@@ -226,11 +268,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns; the fastest one counts")
     parser.add_argument("--models", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
     parser.add_argument("--serve", nargs=2, metavar=("SHAPE", "ENGINE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         shape, name = options.serve
-        serve(shape, name, options.steps, options.vocab_size)
+        config = config_of(
+            shape, steps=options.steps, vocab_size=options.vocab_size, bf16=options.bf16
+        )
+        serve(config, name, Place(options.device))
         return
     for shape in options.shapes:
         measure(shape, list(engines(options.models)), options)

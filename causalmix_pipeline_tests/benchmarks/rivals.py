@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,9 @@ from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
 from causalmix_pipeline.adapters.estimators import choose_estimator, fit_chosen
 from causalmix_pipeline.adapters.experiment import keep_states, measure_states
 from causalmix_pipeline.adapters.local_backend import engine_name
+from causalmix_pipeline.adapters.local_workers import LocalWorkers
 from causalmix_pipeline.adapters.rivals import describe_state
+from causalmix_pipeline.adapters.staged_fits import fit_stages
 from causalmix_pipeline.core.controller_tuning import (
     CONTROLLERS,
     TUNING_SEEDS,
@@ -37,7 +40,7 @@ from causalmix_pipeline.core.controller_tuning import (
     n_settings,
     tune,
 )
-from causalmix_pipeline.core.controllers import ControllerConfig
+from causalmix_pipeline.core.controllers import ControllerConfig, Schedule
 from causalmix_pipeline.core.design import DesignPlan
 from causalmix_pipeline.core.policy import Constraints, recommend
 from causalmix_pipeline.core.pool_state import (
@@ -47,6 +50,7 @@ from causalmix_pipeline.core.pool_state import (
     index_documents,
 )
 from causalmix_pipeline.core.proxy import ProxyConfig
+from causalmix_pipeline.core.proxy_runs import ProxyRecord, ProxySpec
 from causalmix_pipeline.core.rival_gains import rival_table
 from causalmix_pipeline.core.rivals import (
     Entrant,
@@ -62,6 +66,9 @@ from causalmix_pipeline.core.rivals import (
     weighted_score,
 )
 from causalmix_pipeline.core.runs import RunTable
+from causalmix_pipeline.core.stage_schedule import StageObjective, joint_over_static, roll_schedule
+from causalmix_pipeline.core.stages import StagedRuns
+from causalmix_pipeline_tests.benchmarks.stage_matters import staged_runs
 from causalmix_pipeline_tests.benchmarks.state_matters import (
     DEFAULT_COVARIATES,
     OBJECTIVES,
@@ -84,6 +91,17 @@ LARGE = {"hidden": 104, "layers": 2, "heads": 2, "learning_rate": 0.004, "init_s
 NEW_FROM, TUNING_FROM = 50_000, 60_000
 NEW_SEEDS_FROM, TUNING_SEEDS_FROM = 910_000, 710_000
 OBJECTIVE = "wants"
+#: Of a schedule.
+STAGES = 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """On how much mixtures are tried, and the device that the larger size is trained on."""
+
+    n_states: int
+    seeds: int
+    large_device: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +154,38 @@ def size_of(config: ProxyConfig) -> Size:
 
 
 def trainer(bench: Bench, label: str) -> Train:
-    """Trains what is missing, with a line of progress."""
-    return lambda specs: train(bench, list(specs), label)
+    """Trains what is missing on the device of its engine, with a line of progress."""
+
+    def trained(specs: Sequence[ProxySpec]) -> list[ProxyRecord]:
+        for device in ("cpu", "cuda"):
+            own = [spec for spec in specs if spec.engine == engine_name(device)]
+            if own:
+                train(on_device(bench, device), own, f"{label}, {device}")
+        return [record for spec in specs if (record := bench.store.get(spec.key))]
+
+    return trained
+
+
+def on_device(bench: Bench, device: str) -> Bench:
+    """The same, its runs trained there; a GPU takes as large a stack as is fastest."""
+    if device == bench.backend.device:
+        return bench
+    return replace(bench, backend=replace(bench.backend, device=device, models_per_stack=0))
+
+
+def lanes_at(
+    entrants: Sequence[Entrant], track: Track, sizes: Sequence[Size], device: str
+) -> list[Lane]:
+    """Runs state by state, those of the last size on a device of their own.
+
+    What is there after half the time is half of the states.
+    """
+    engines = {size.name: track.engine for size in sizes} | {sizes[-1].name: engine_name(device)}
+    lanes = [
+        replace(lane, spec=replace(lane.spec, engine=engines[lane.size]))
+        for lane in lanes_of(entrants, track, sizes)
+    ]
+    return sorted(lanes, key=lambda lane: lane.state)
 
 
 def score_of(bench: Bench) -> Score:
@@ -169,23 +217,62 @@ def tuned_controllers(bench: Bench, n_runs: int) -> Tuning:
     )
 
 
-def recommended(bench: Bench, runs: RunTable, places: Places) -> tuple[np.ndarray, np.ndarray]:
-    """The recommended mixture of each state (M, D), and its promised gain over equal (M,)."""
+@dataclass(frozen=True, eq=False)
+class Ours:
+    """What is recommended for each state.
+
+    Attributes:
+        chosen: the estimator that answers, by task.
+        mixture_MD: the mixtures.
+        promised_M: their promised gains over equal.
+    """
+
+    chosen: dict[str, str]
+    mixture_MD: np.ndarray
+    promised_M: np.ndarray
+
+
+def recommended(bench: Bench, runs: RunTable, places: Places) -> Ours:
+    """Recommend a mixture for each state, without limits, as its rivals have none."""
     weights_T = weights_of(OBJECTIVE, bench.tasks)
-    choice = choose_estimator(runs)
+    choice = choose_estimator(runs, backend=LocalWorkers(), search_all=True)
     print(choice.chosen)
     estimator = fit_chosen(
         runs, choice.chosen, 0, parameters=choice.parameters, calibration=choice.calibration
     )
-    equal_D = np.full(len(bench.domains), 1 / len(bench.domains))
     found = [
         recommend(
-            "optimum", estimator, state_DP, weights_T, Constraints.simplex_only(equal_D),
+            "optimum", estimator, state_DP, weights_T, free_of_limits(bench),
             domains=bench.domains, unconstrained_too=False,
         )
         for state_DP in places.state_MDP
     ]  # fmt: skip
-    return np.array([f.mixture_D for f in found]), np.array([f.gain for f in found])
+    return Ours(
+        choice.chosen, np.array([f.mixture_D for f in found]), np.array([f.gain for f in found])
+    )
+
+
+def free_of_limits(bench: Bench) -> Constraints:
+    """Any mixture may be recommended; gains are over the equal one."""
+    return Constraints.simplex_only(np.full(len(bench.domains), 1 / len(bench.domains)))
+
+
+def scheduled(bench: Bench, staged: StagedRuns, ours: Ours, places: Places) -> Entrant:
+    """A schedule for each state, whatever the trial of stages says of it."""
+    weights = dict(zip(bench.tasks, weights_of(OBJECTIVE, bench.tasks).tolist(), strict=True))
+    fits = fit_stages(staged, ours.chosen, weights)
+    objective = StageObjective(fits.tasks, fits.weights_T, free_of_limits(bench), staged.n_stages)
+    rolled = [
+        roll_schedule(fits.models, fits.rolls, state_DP, static_D, objective)
+        for state_DP, static_D in zip(places.state_MDP, ours.mixture_MD, strict=True)
+    ]
+    over_M = np.array([joint_over_static(choices)[0] for choices in rolled])
+    print(f"schedule promised over static: {over_M.mean():.4f} bits per byte")
+    schedules = tuple(
+        Schedule(tuple((1 / staged.n_stages, tuple(c.mixture_D.tolist())) for c in choices))
+        for choices in rolled
+    )
+    return Entrant("schedule", ours.mixture_MD, schedules)
 
 
 def static_rivals(bench: Bench, runs: RunTable, places: Places) -> dict[str, np.ndarray]:
@@ -206,47 +293,56 @@ def starts_of(places: Places) -> dict[str, np.ndarray]:
 
 
 def entrants_of(
-    bench: Bench, runs: RunTable, places: Places, tuned: Mapping[str, ControllerConfig]
+    bench: Bench,
+    runs: RunTable,
+    staged: StagedRuns,
+    places: Places,
+    tuned: Mapping[str, ControllerConfig],
 ) -> list[Entrant]:
-    """All that is compared; ours without limits, as its rivals are."""
-    mixture_MD, promised_M = recommended(bench, runs, places)
-    print(f"promised over equal: {promised_M.mean():.4f} bits per byte")
+    """All that is compared."""
+    ours = recommended(bench, runs, places)
+    print(f"promised over equal: {ours.promised_M.mean():.4f} bits per byte")
     static, starts = static_rivals(bench, runs, places), starts_of(places)
     return [
         *(static_entrant(name, mixture_MD) for name, mixture_MD in static.items()),
-        static_entrant("recommended", mixture_MD),
+        static_entrant("recommended", ours.mixture_MD),
+        scheduled(bench, staged, ours, places),
         *(controlled_entrant(kind, each, starts[kind]) for kind, each in tuned.items()),
     ]
 
 
-def by_state(lanes: list[Lane]) -> list[Lane]:
-    """State by state, so that what is there after half the time is half of the states."""
-    return sorted(lanes, key=lambda lane: lane.state)
-
-
 def compare(
-    bench: Bench, runs: RunTable, tuning: Tuning, n_states: int, seeds: int, sizes: Sequence[Size]
+    bench: Bench,
+    runs: RunTable,
+    staged: StagedRuns,
+    tuning: Tuning,
+    sizes: Sequence[Size],
+    asked: Asked,
 ) -> pl.DataFrame:
     """Train everything on new states, and say what each gained and cost."""
-    places = places_of(bench, NEW_FROM, n_states)
-    track = track_of(bench, places, NEW_SEEDS_FROM, seeds)
-    entrants = entrants_of(bench, runs, places, tuning.chosen)
+    places = places_of(bench, NEW_FROM, asked.n_states)
+    track = track_of(bench, places, NEW_SEEDS_FROM, asked.seeds)
+    entrants = entrants_of(bench, runs, staged, places, tuning.chosen)
     parts = [
         run_lanes(
-            by_state(lanes_of(entrants, track, [sizes[0], size] if size != sizes[0] else [size])),
+            lanes_at(entrants, track, sizes[: 1 + i], asked.large_device if i else "cpu"),
             trainer(bench, size.name),
             score_of(bench),
         ).filter(size=size.name)
-        for size in sizes
+        for i, size in enumerate(sizes)
     ]
     outcomes = pl.concat(parts).with_columns(
-        kind=pl.when(pl.col("state") < n_states // 2)
+        kind=pl.when(pl.col("state") < asked.n_states // 2)
         .then(pl.lit("natural"))
         .otherwise(pl.lit("planted"))
     )
-    outcomes.write_csv(bench.store.root / "rivals_runs.csv")  # type: ignore[operator]
+    outcomes.write_csv(bench.store.root / f"rivals_runs_{runs.n_runs}.csv")  # type: ignore[operator]
     design = float(runs.n_runs * sizes[0].config.tokens)
-    search = dict.fromkeys(("recommended", "grid", "regmix", "log_linear"), design)
+    search: dict[str, float] = {
+        name: design for name in ("recommended", "grid", "regmix", "log_linear")
+    }
+    # What it is held against, the static mixture, needs the other design.
+    search["schedule"] = design + staged.runs.n_runs * sizes[0].config.tokens
     tables = [
         rival_table(part, sizes, search | tuning.tokens).with_columns(states_of=pl.lit(kind))
         for kind, part in [
@@ -258,20 +354,31 @@ def compare(
 
 
 def sizes_compared(
-    bench: Bench, runs: RunTable, large: Size, n_runs: int, n_states: int, seeds: int
+    bench: Bench,
+    runs: RunTable,
+    large: Size,
+    n_runs: int,
+    asked: Asked,
 ) -> pl.DataFrame:
     """What mixtures gain at the larger size that its own design recommends, or the small one's."""
     assert isinstance(large.config, ProxyConfig)
-    own = run_design(bench, DesignPlan(n_runs=n_runs), large.config, DEFAULT_COVARIATES)
-    places = places_of(bench, NEW_FROM, n_states)
+    own = run_design(
+        on_device(bench, asked.large_device),
+        DesignPlan(n_runs=n_runs),
+        large.config,
+        DEFAULT_COVARIATES,
+    )
+    places = places_of(bench, NEW_FROM, asked.n_states)
     equal_D = np.full(len(bench.domains), 1 / len(bench.domains))
+    by_own, by_small = (recommended(bench, table, places) for table in (own, runs))
     entrants = [
         static_entrant("equal", equal_D),
-        static_entrant("recommended", recommended(bench, own, places)[0]),
-        static_entrant("recommended by the small size", recommended(bench, runs, places)[0]),
+        static_entrant("recommended", by_own.mixture_MD),
+        static_entrant("recommended by the small size", by_small.mixture_MD),
     ]
-    lanes = lanes_of(entrants, track_of(bench, places, NEW_SEEDS_FROM, seeds), [large])
-    outcomes = run_lanes(by_state(lanes), trainer(bench, large.name), score_of(bench))
+    track = track_of(bench, places, NEW_SEEDS_FROM, asked.seeds)
+    lanes = lanes_at(entrants, track, [large], asked.large_device)
+    outcomes = run_lanes(lanes, trainer(bench, large.name), score_of(bench))
     small = size_of(ProxyConfig())
     cost = runs.n_runs * small.config.tokens * small.flops_a_token / large.flops_a_token
     search = {
@@ -294,33 +401,44 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, default=Path("data/demo"), help="the demo pool")
     parser.add_argument("--out", type=Path, default=Path("data/study"), help="run store, tables")
     parser.add_argument("--runs", type=int, default=160, help="proxy runs of the design")
+    parser.add_argument(
+        "--rival-runs",
+        type=int,
+        default=0,
+        help="whose compute each controller's search and the schedule's design get; 0: --runs",
+    )
     parser.add_argument("--large-runs", type=int, default=128, help="of the larger size's design")
     parser.add_argument("--states", type=int, default=16, help="new pool states")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", choices=["small", "both"], default="both")
     parser.add_argument("--large", default=json.dumps(LARGE), help="the larger model's recipe")
+    parser.add_argument("--large-device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=0)
     args = parser.parse_args()
     bench = prepare(args.pool, "first", args.out, BOTH, args.workers)
     large = replace(ProxyConfig(), **json.loads(args.large))
-    runs = run_design(bench, DesignPlan(n_runs=args.runs), ProxyConfig(), DEFAULT_COVARIATES)
+    asked = Asked(args.states, args.seeds, args.large_device)
+    small, plan = ProxyConfig(), DesignPlan(n_runs=args.runs)
+    runs = run_design(bench, plan, small, DEFAULT_COVARIATES)
+    rival_runs = args.rival_runs or args.runs
     if args.what != "size":
-        tuning = tuned_controllers(bench, args.runs)
+        tuning = tuned_controllers(bench, rival_runs)
         trials = pl.DataFrame(
             [{**row, "settings": json.dumps(row["settings"])} for row in tuning.trials]
         )
-        trials.write_csv(args.out / "rivals_tuning.csv")
+        trials.write_csv(args.out / f"rivals_tuning_{rival_runs}.csv")
         show(trials)
     if args.what == "compare":
-        sizes = [size_of(ProxyConfig()), *([size_of(large)] if args.sizes == "both" else [])]
-        table = compare(bench, runs, tuning, args.states, args.seeds, sizes)
-        table.write_csv(args.out / "rivals.csv")
+        plan = replace(plan, n_runs=rival_runs, stages=STAGES)
+        in_stages = run_design(bench, plan, small, DEFAULT_COVARIATES)
+        staged = staged_runs(bench, in_stages, math.log(small.vocab_size))
+        sizes = [size_of(small), *([size_of(large)] if args.sizes == "both" else [])]
+        table = compare(bench, runs, staged, tuning, sizes, asked)
+        table.write_csv(args.out / f"rivals_{args.runs}.csv")
         show(table)
     if args.what == "size":
-        table = sizes_compared(
-            bench, runs, size_of(large), args.large_runs, args.states, args.seeds
-        )
-        table.write_csv(args.out / "rivals_size.csv")
+        table = sizes_compared(bench, runs, size_of(large), args.large_runs, asked)
+        table.write_csv(args.out / f"rivals_size_{args.runs}.csv")
         show(table)
 
 

@@ -192,7 +192,12 @@ def run_design(
     hashes = keep_states(bench.store, bench.documents, bench.domains, drawn.memberships)
     design = make_design(plan, len(bench.domains))
     specs = make_specs(
-        design, hashes, tokens_hash=bench.tokens_hash, eval_hash=bench.eval_hash, config=config
+        design,
+        hashes,
+        tokens_hash=bench.tokens_hash,
+        eval_hash=bench.eval_hash,
+        config=config,
+        device=bench.backend.device,
     )
     records = train(bench, specs, "design")
     nats = np.array([[r.nats_per_token[t] for t in bench.tasks] for r in records])

@@ -104,7 +104,29 @@ def test_a_calibration_is_read_as_it_was_written():
 def test_intervals_that_cover_too_little_are_widened_until_nine_of_ten_are_inside():
     """Errors of 3 standard errors that were told as 1; seed noise doesn't grow with them."""
     error_M = np.abs(RNG.normal(0, np.hypot(3.0, 1.0), size=4000))
+    ones_M, promise_M = np.ones(4000), RNG.normal(size=4000)
 
-    factor = widening(error_M, np.ones(4000), np.ones(4000))
-    assert factor == pytest.approx(3.0, rel=0.08)
-    assert widening(np.abs(RNG.normal(size=4000)), np.ones(4000), np.ones(4000)) == 1.0
+    factor = widening(error_M, ones_M, ones_M, promise_M)
+    assert factor == pytest.approx(3.0, rel=0.1)
+    assert widening(np.abs(RNG.normal(size=4000)), ones_M, ones_M, promise_M) == 1.0
+
+
+def test_nine_of_ten_of_the_most_promising_gains_must_be_inside_too():
+    """Errors as told, but for the fifth that promises most: three times as large."""
+    promise_M = np.linspace(-1, 1, 4000)
+    true_M = np.where(promise_M > 0.6, 3.0, 1.0)
+    error_M, ones_M, none_M = np.abs(RNG.normal(0, true_M)), np.ones(4000), np.zeros(4000)
+
+    assert widening(error_M, ones_M, none_M, promise_M) == pytest.approx(3.0, rel=0.1)
+    # The same errors, promised by anyone: nine of ten of all are inside at less.
+    shuffled = widening(error_M, ones_M, none_M, RNG.permutation(promise_M))
+    assert 1.2 < shuffled < 2.0
+
+
+def test_a_handful_of_promising_gains_widens_nothing():
+    error_M = np.full(50, 0.1)
+    error_M[-10:] = 9.0  # a fifth of 50
+
+    promise_M = np.arange(50.0)
+    factor = widening(error_M, np.ones(50), np.zeros(50), promise_M)
+    assert factor == widening(error_M, np.ones(50), np.zeros(50), -promise_M)
