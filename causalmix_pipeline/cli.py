@@ -562,10 +562,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.print(f"{escape(error.format_message())}\nSee: causalmix --help")
         return USER_FAULT
     except (KeyboardInterrupt, typer.Abort):
-        out.print("Stopped. Finished proxy runs are kept; the same command goes on from there.")
-        return 130
-    except Exception as error:  # the last place before the user: a message, never a bare trace
+        return stopped(out)
+    except BaseException as error:
+        # What Dagster makes of Ctrl-C and SIGTERM is no Exception.
+        if type(error).__name__ == "DagsterExecutionInterruptedError":
+            return stopped(out)
+        if not isinstance(error, Exception):
+            raise
+        # The last place before the user: a message, never a bare trace.
         return report_error(error, out)
+
+
+def stopped(out: Console) -> int:
+    """Say that nothing is lost, and return the exit status."""
+    out.print("Stopped. Finished proxy runs are kept; the same command goes on from there.")
+    return 130
 
 
 def report_error(error: Exception, out: Console) -> int:

@@ -145,7 +145,7 @@ def gain_text(row: Mapping) -> str:
     """A gain with its 90% interval; `unknown` where there is none."""
     if row["gain"] is None:
         return "unknown"
-    if row["low"] is None or row["high"] is None:
+    if not known(row):
         return f"{row['gain']:+.3f}"
     return f"{row['gain']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
 
@@ -214,7 +214,7 @@ def print_gain(console: Console, recommended: Mapping) -> None:
     losses = [row["reference_bits_per_byte"] for row in tasks]
     console.print(
         f"Predicted gain over the {recommended['reference_name']} mixture: "
-        f"[bold]{gain_text(recommended)}[/] bits per byte, with its 90% interval."
+        f"[bold]{gain_text(recommended)}[/] bits per byte, {interval_words(recommended)}"
     )
     if tasks and None not in losses:
         loss = sum(row["weight"] * row["reference_bits_per_byte"] for row in tasks)
@@ -223,6 +223,22 @@ def print_gain(console: Console, recommended: Mapping) -> None:
             f"That is {100 * recommended['gain'] / loss:.1f}% of the loss of the tasks that "
             f"count ({', '.join(escape(row['task']) for row in tasks)}), {loss:.3f} bits per byte."
         )
+
+
+def interval_words(recommended: Mapping) -> str:
+    """That the gain has its interval, or whose estimator has none."""
+    if recommended["low"] is not None:
+        return "with its 90% interval."
+    bare = [row["task"] for row in recommended["task_gains"] if row["weight"] and not known(row)]
+    return (
+        f"without an interval: the estimator of {escape(', '.join(bare))} has no standard errors. "
+        "response_surface, structured_ridge and stack have some: add one to estimators."
+    )
+
+
+def known(row: Mapping) -> bool:
+    """Whether a gain has an interval."""
+    return row["low"] is not None and row["high"] is not None
 
 
 def print_binding(console: Console, recommended: Mapping) -> None:

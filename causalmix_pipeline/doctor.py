@@ -64,6 +64,7 @@ def _look(config: Path | None, stack: ExitStack, *, alone: bool) -> Iterator[Fin
         yield Finding("settings", "wrong", str(error))
         return
     yield Finding("settings", "ok", str(path))
+    yield tried("device", lambda: device_of(path))
     if alone:
         stack.enter_context(hold_project(settings.data_path))
     for folder in disks(settings):
@@ -114,6 +115,19 @@ def check_cores() -> Finding:
 
     cores = n_cores()
     return Finding("cores", "ok" if cores >= 2 else "warning", f"{cores}; one proxy process each")
+
+
+def device_of(config: Path) -> str:
+    """What proxies are trained on.
+
+    Raises:
+        ConfigError: if the settings ask for a GPU that isn't there.
+    """
+    from causalmix_pipeline.resources.project import Project, visible_gpus
+
+    device = Project(config_file=str(config.resolve())).device
+    gpus = visible_gpus()
+    return f"{device}; proxies train on it" + (f" ({len(gpus)} GPUs are visible)" if gpus else "")
 
 
 def check_package(name: str, purpose: str, level: str) -> Finding:

@@ -2,8 +2,10 @@ import contextlib
 import io
 import multiprocessing
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dagster as dg
@@ -402,3 +404,22 @@ def test_covariates_are_tried_on_the_runs_at_hand(finished):
     assert "R2 within unseen states" in text
     assert "permuted" in text and "none: none" in text
     assert "Used now: log2_tokens" in text
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_refresh_says_that_nothing_is_lost(project_file, sent):
+    overrides = {"vocab_size": 384, "sequence_length": 32, "steps": 2000}
+    change_settings(project_file, proxy={"preset": "tests", "overrides": overrides})
+    command = [sys.executable, "-m", "causalmix_pipeline.cli", "refresh", "--train"]
+    records = project_file.parent / "data" / "run_store" / "runs"
+    with subprocess.Popen(
+        command, cwd=project_file.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not list(records.glob("*/*")):
+            time.sleep(0.2)
+        process.send_signal(sent)
+        _, told = process.communicate(timeout=120)
+
+    assert process.returncode == 130, told
+    assert "Stopped. Finished proxy runs are kept" in " ".join(told.split())
+    assert "Traceback" not in told

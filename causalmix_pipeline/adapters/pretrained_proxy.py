@@ -129,7 +129,7 @@ def _settled(device: str) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     if device.startswith("cuda"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     else:
         torch.set_num_threads(1)
     try:

@@ -40,12 +40,13 @@ from causalmix_pipeline.resources.project import Project
 def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> dg.MaterializeResult:
     """Which estimator answers for each task, and every estimator's score on unseen pool states.
 
-    Chosen by cross-validation whose folds never split a pool state. Kept as choice, seed and
-    fitted parameters: what uses it is conditioned on the run table again, which takes a second.
-    Stale when the run table or the list of estimators changes.
+    Chosen by cross-validation whose folds never split a pool state, from those with standard errors
+    if there is one. Kept as choice, seed and fitted parameters: what uses it is conditioned on the
+    run table again, which takes a second. Stale when the run table or the list of estimators
+    changes.
     """
     runs, seed = RunTable.from_frame(run_table), project.settings.seed
-    choice = choose_estimator(runs, project.settings.estimators, seed=seed)
+    choice = choose_estimator(runs, project.settings.estimators, seed=seed, needs_interval=True)
     chosen = [choice.validations[choice.chosen[task]] for task in runs.tasks]
     value = {
         "chosen": choice.chosen,

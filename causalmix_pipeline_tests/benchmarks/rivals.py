@@ -24,7 +24,11 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.adapters.baseline_mixtures import make_baselines
-from causalmix_pipeline.adapters.estimators import choose_estimator, fit_chosen
+from causalmix_pipeline.adapters.estimators import (
+    ESTIMATOR_NAMES,
+    choose_estimator,
+    fit_chosen,
+)
 from causalmix_pipeline.adapters.experiment import keep_states, measure_states
 from causalmix_pipeline.adapters.local_backend import engine_name
 from causalmix_pipeline.adapters.local_workers import LocalWorkers
@@ -232,10 +236,14 @@ class Ours:
     promised_M: np.ndarray
 
 
-def recommended(bench: Bench, runs: RunTable, places: Places) -> Ours:
+def recommended(
+    bench: Bench, runs: RunTable, places: Places, names: Sequence[str] = ESTIMATOR_NAMES
+) -> Ours:
     """Recommend a mixture for each state, without limits, as its rivals have none."""
     weights_T = weights_of(OBJECTIVE, bench.tasks)
-    choice = choose_estimator(runs, backend=LocalWorkers(), search_all=True)
+    choice = choose_estimator(
+        runs, names, backend=LocalWorkers(), search_all=True, needs_interval=True
+    )
     print(choice.chosen)
     estimator = fit_chosen(
         runs, choice.chosen, 0, parameters=choice.parameters, calibration=choice.calibration
@@ -370,7 +378,9 @@ def sizes_compared(
     )
     places = places_of(bench, NEW_FROM, asked.n_states)
     equal_D = np.full(len(bench.domains), 1 / len(bench.domains))
-    by_own, by_small = (recommended(bench, table, places) for table in (own, runs))
+    by_small = recommended(bench, runs, places)
+    # By the same estimators, so that only the runs differ.
+    by_own = recommended(bench, own, places, sorted({*by_small.chosen.values()}))
     entrants = [
         static_entrant("equal", equal_D),
         static_entrant("recommended", by_own.mixture_MD),
@@ -390,7 +400,9 @@ def sizes_compared(
 
 def show(table: pl.DataFrame) -> None:
     """Print a whole table."""
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=4, fmt_str_lengths=90):
+    with pl.Config(
+        tbl_rows=-1, tbl_cols=-1, float_precision=4, fmt_str_lengths=90, tbl_width_chars=240
+    ):
         print(table)
 
 
