@@ -550,3 +550,20 @@ def test_the_command_mends_and_says_so(project_file, data, gone_pid):
 
     assert status == 0
     assert "leftovers mended Removed 4:" in " ".join(text.split())
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    from causalmix_pipeline.resources.project import visible_gpus
+    from causalmix_pipeline_tests.conftest import write_project
+
+    on_cpu = {f.what: f for f in doctor.examine(write_project(tmp_path))}
+    on_gpu = {
+        f.what: f for f in doctor.examine(write_project(tmp_path, backend={"device": "cuda"}))
+    }
+
+    assert (on_cpu["device"].level, on_cpu["device"].detail[:3]) == ("ok", "cpu")
+    if visible_gpus():
+        assert on_gpu["device"].level == "ok"
+    else:
+        assert on_gpu["device"].level == "wrong"
+        assert "backend.device must be cpu or auto" in on_gpu["device"].detail
