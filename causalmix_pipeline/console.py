@@ -231,7 +231,7 @@ def interval_words(recommended: Mapping) -> str:
         return "with its 90% interval."
     bare = [row["task"] for row in recommended["task_gains"] if row["weight"] and not known(row)]
     return (
-        f"without an interval: the estimator of {escape(', '.join(bare))} has no standard errors. "
+        f"without an interval: the estimator of {escape(', '.join(bare))} has none. "
         "response_surface, structured_ridge and stack have some: add one to estimators."
     )
 

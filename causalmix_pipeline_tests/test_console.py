@@ -99,6 +99,19 @@ def test_a_gain_is_put_beside_the_loss_of_the_tasks_that_count():
     assert "4.5% of the loss of the tasks that count (solve, chat), 2.200 bits" in text
 
 
+def test_a_gain_without_an_interval_says_whose_estimator_has_none():
+    tasks = [
+        {"task": "solve", "weight": 0.8, "reference_bits_per_byte": 2.0, "low": 0.1, "high": 0.2},
+        {"task": "chat", "weight": 0.2, "reference_bits_per_byte": 3.0, "low": None, "high": None},
+    ]
+    value = recommended(low=None, high=None, task_gains=tasks)
+
+    text = printed(lambda out: print_gain(out, value))
+
+    assert "+0.100 bits per byte, without an interval: the estimator of chat has none." in text
+    assert "90% interval" not in text
+
+
 @pytest.mark.parametrize("verdict", ["supported", "extrapolating", "unsupported"])
 def test_a_verdict_is_told_in_words(verdict):
     text = printed(lambda out: print_verdict(out, recommended(verdict=verdict)))
