@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -572,6 +573,19 @@ def test_the_smallest_stack_within_3_percent_of_the_fastest_is_taken(monkeypatch
     assert torch_proxy.fastest_stack_size(TINY, n_bytes=1 << 30) == 4
     step_seconds[8] = 5.8
     assert torch_proxy.fastest_stack_size(TINY, n_bytes=1 << 30) == 8
+
+
+def test_the_start_of_a_device_is_not_taken_from_the_time_to_measure(monkeypatch):
+    """The first step takes longer than all measuring may; the largest stack is the fastest."""
+    monkeypatch.setattr(torch_proxy, "MEASURE_SECONDS", 0.2)
+
+    def slow_at_first(config, n_models, device):
+        time.sleep(0.3 if n_models == 1 else 0.0)
+        return 1.0
+
+    monkeypatch.setattr(torch_proxy, "_step_seconds", slow_at_first)
+
+    assert torch_proxy.fastest_stack_size(TINY, n_bytes=1 << 34) == torch_proxy.CPU_MOST_MODELS
 
 
 def test_a_measured_stack_fits_in_the_memory_given():
