@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from causalmix_pipeline.adapters.stacked_qwen2 import StackedQwen2
 
 
+#: Models of a stack where nothing else is asked for: on a CPU 4 are as fast a model as more are; on
+#: an H100 64 of 32x1 take a sixtieth of the time a model of one alone, of 128x2 no more helps.
+CPU_MODELS, GPU_MODELS = 4, 64
+
+
 def engine_name(device: str = "cpu") -> str:
     """The engine and the versions that decide a run's bits; its kind of device unless a CPU."""
     from importlib.metadata import version
@@ -46,14 +51,15 @@ class LocalBackend:
         store: where records, states, tokens and evaluation windows are; workers on other machines
             must reach it.
         n_workers: worker processes of this machine; 0 takes one per core. Unused with `workers`.
-        models_per_stack: models trained together in one worker; 0 measures which number is fastest.
+        models_per_stack: models trained together in one worker; 0 measures which number is fastest,
+            None takes `CPU_MODELS` or `GPU_MODELS`.
         device: torch device of the workers.
         workers: where stacks are trained; None takes processes of this machine.
     """
 
     store: RunStore
     n_workers: int = 0
-    models_per_stack: int = 4
+    models_per_stack: int | None = None
     device: str = "cpu"
     workers: WorkBackend | None = None
 
@@ -98,6 +104,8 @@ class LocalBackend:
         """Models of one stack of so many runs; a pretrained model is trained by itself."""
         if isinstance(config, PretrainedConfig):
             return 1
+        if self.models_per_stack is None:
+            return CPU_MODELS if self.device == "cpu" else GPU_MODELS
         if self.models_per_stack:
             return self.models_per_stack
         return min(n_runs, _measured_stack_size(self._crew, config, self.device))

@@ -587,12 +587,12 @@ class Proxy(Section):
         "64}, or with `pretrained` {method: lora, learning_rate: 1.0e-4, samples: 10000}; each "
         "change of what is learned trains all runs anew.",
     )
-    models_per_stack: int = Field(
-        default=4,
+    models_per_stack: int | None = Field(
+        default=None,
         ge=0,
         le=512,
-        description="Models that one process trains at once in one set of tensors; 4-8 is fastest "
-        "on a CPU, hundreds on a GPU; 0 measures what is fastest.",
+        description="Models that one process trains at once in one set of tensors; null takes 4 "
+        "on a CPU and 64 on a GPU, where one takes as long as 64; 0 measures what is fastest.",
     )
     sizes: list[ProxySize] = Field(
         default=[],

@@ -171,10 +171,8 @@ def trainer(bench: Bench, label: str) -> Train:
 
 
 def on_device(bench: Bench, device: str) -> Bench:
-    """The same, its runs trained there; a GPU takes as large a stack as is fastest."""
-    if device == bench.backend.device:
-        return bench
-    return replace(bench, backend=replace(bench.backend, device=device, models_per_stack=0))
+    """The same, its runs trained there."""
+    return replace(bench, backend=replace(bench.backend, device=device))
 
 
 def lanes_at(

@@ -5,6 +5,7 @@ import pytest
 from causalmix_pipeline.adapters.local_workers import LocalWorkers
 from causalmix_pipeline.adapters.ray_workers import RayWorkers
 from causalmix_pipeline.core.errors import ConfigError
+from causalmix_pipeline.core.proxy import ProxyConfig
 from causalmix_pipeline.resources import project as project_module
 from causalmix_pipeline.resources.project import Project, default_resources
 from causalmix_pipeline_tests.conftest import write_project
@@ -69,12 +70,14 @@ def test_proxies_from_scratch_are_trained_on_the_cpu_unless_a_gpu_is_asked_for(
     usual = Project(config_file=str(write_project(tmp_path, backend={"workers": 3})))
     assert usual.backend.device == "cpu"
     assert usual.backend.workers == LocalWorkers(3)
+    assert usual.backend.stack_size(ProxyConfig(), 500) == 4
 
     backend = {"device": "cuda", "max_retries": 5}
     asked = Project(config_file=str(write_project(tmp_path, backend=backend)))
     assert asked.backend.device == "cuda"
     assert asked.backend.workers == LocalWorkers(0, 5, ("0", "1"))
     assert asked.workers == LocalWorkers(0, 5)
+    assert asked.backend.stack_size(ProxyConfig(), 500) == 64
 
 
 def test_gpus_of_a_cluster_are_reserved_for_training_alone(tmp_path, monkeypatch):
