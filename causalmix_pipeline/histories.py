@@ -21,8 +21,9 @@ from causalmix_pipeline.assets.design import domains_of
 from causalmix_pipeline.assets.imported import read_source
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.runs import OWN, RunTable
-from causalmix_pipeline.resources.settings import ImportedRuns, Settings
+from causalmix_pipeline.resources.settings import Settings
 from causalmix_pipeline.resources.settings_file import load_settings
+from causalmix_pipeline.resources.study_settings import ImportedRuns
 from causalmix_pipeline.workspace import Workspace
 
 #: What `--trained-on` calls the live pool where it's the only one.

@@ -236,18 +236,23 @@ def overrides_section() -> Iterator[str]:
     """What `proxy.overrides` may hold, and the presets."""
     from causalmix_pipeline.core.pretrained import PretrainedConfig
     from causalmix_pipeline.core.proxy import ProxyConfig
-    from causalmix_pipeline.resources import settings
+    from causalmix_pipeline.resources import study_settings
 
     for title, config, presets in (
-        ("proxy.overrides, trained from scratch", ProxyConfig, settings.PRESET_PROXY),
-        ("proxy.overrides, with proxy.pretrained", PretrainedConfig, settings.PRESET_PRETRAINED),
+        ("proxy.overrides, trained from scratch", ProxyConfig, study_settings.PRESET_PROXY),
+        (
+            "proxy.overrides, with proxy.pretrained",
+            PretrainedConfig,
+            study_settings.PRESET_PRETRAINED,
+        ),
     ):
         yield ""
         yield f"### {title}"
         rows = [
             (code(each.name), code(each.default), each.metadata["description"])
             for each in dataclasses.fields(config)
-            if each.name not in settings.NOT_OVERRIDDEN and each.default is not dataclasses.MISSING
+            if each.name not in study_settings.NOT_OVERRIDDEN
+            and each.default is not dataclasses.MISSING
         ]
         if config is PretrainedConfig:
             means = "Documents a run reads; turned into tokens by the pool's mean length."
@@ -257,7 +262,7 @@ def overrides_section() -> Iterator[str]:
         yield from table(
             ["preset", "proxy runs", "changes"],
             [
-                (code(name), str(settings.PRESET_RUNS[name]), _changes(values))
+                (code(name), str(study_settings.PRESET_RUNS[name]), _changes(values))
                 for name, values in presets.items()
             ],
         )
@@ -339,7 +344,7 @@ def covariates_section() -> Iterator[str]:
         MODEL_METRICS,
         QUANTILES,
     )
-    from causalmix_pipeline.resources.settings import DEFAULT_COVARIATES
+    from causalmix_pipeline.resources.study_settings import DEFAULT_COVARIATES
 
     def names(of: Iterable[str]) -> str:
         return ", ".join(map(code, of))

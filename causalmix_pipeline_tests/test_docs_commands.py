@@ -15,7 +15,7 @@ from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.histories import export_runs
 from causalmix_pipeline.profiling import SHOWN
 from causalmix_pipeline.reference_columns import PRINTED, WRITTEN, Column
-from causalmix_pipeline.resources.settings import DEFAULT_COVARIATES
+from causalmix_pipeline.resources.study_settings import DEFAULT_COVARIATES
 from causalmix_pipeline_tests.conftest import WORDS
 from causalmix_pipeline_tests.doc_pages import (
     LANGUAGES,

@@ -47,7 +47,7 @@ from causalmix_pipeline.core.proxy_runs import ProxySpec
 from causalmix_pipeline.core.tasks import HarnessTask, QuestionText
 from causalmix_pipeline.resources.frame_store import FRAME, VALUES
 from causalmix_pipeline.resources.project import Project
-from causalmix_pipeline.resources.settings import Task
+from causalmix_pipeline.resources.study_settings import Task
 
 
 def read_task_texts(project: Project) -> dict[str, list[str]]:

@@ -18,7 +18,8 @@ from causalmix_pipeline.core.runs import RunTable
 from causalmix_pipeline.core.sources import join_sources, stack_runs
 from causalmix_pipeline.resources.frame_store import FRAME
 from causalmix_pipeline.resources.project import Project
-from causalmix_pipeline.resources.settings import ImportedRuns, Settings
+from causalmix_pipeline.resources.settings import Settings
+from causalmix_pipeline.resources.study_settings import ImportedRuns
 
 
 def make_imported_runs(

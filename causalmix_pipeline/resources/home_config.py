@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.resources.settings import Instance
+from causalmix_pipeline.resources.serving_settings import Instance
 
 #: SHA-256 of each template that was shipped before this one; add the old one's when it changes.
 EARLIER_TEMPLATES = frozenset(

@@ -15,7 +15,8 @@ from causalmix_pipeline.adapters.blobs import write_atomically
 from causalmix_pipeline.resources.asset_keys import is_own_run
 from causalmix_pipeline.resources.home_config import next_config
 from causalmix_pipeline.resources.postgres import require_postgres
-from causalmix_pipeline.resources.settings import Instance, Settings
+from causalmix_pipeline.resources.serving_settings import Instance
+from causalmix_pipeline.resources.settings import Settings
 
 #: Tag of a run: host, process id and start time of the process that executes it.
 PROCESS_TAG = "causalmix/process"

@@ -9,7 +9,7 @@ import os
 import re
 
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.resources.settings import Instance
+from causalmix_pipeline.resources.serving_settings import Instance
 
 #: Seconds that the server may take to answer.
 CONNECT_SECONDS = 5

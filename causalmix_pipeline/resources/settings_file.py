@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.resources.settings import Section, Settings, Task
+from causalmix_pipeline.resources.settings import Settings
+from causalmix_pipeline.resources.study_settings import Section, Task
 
 #: Environment variable with the path of the settings file; the only one that is read.
 CONFIG_VARIABLE = "CAUSALMIX_CONFIG"

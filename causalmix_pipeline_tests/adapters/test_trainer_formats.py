@@ -17,7 +17,7 @@ from causalmix_pipeline.adapters.trainer_formats import (
     markdown_label,
 )
 from causalmix_pipeline.core.errors import ConfigError, PoolError
-from causalmix_pipeline.resources.settings import FormatName
+from causalmix_pipeline.resources.serving_settings import FormatName
 from causalmix_pipeline_tests.adapters.exported_pool import (
     HOSTILE,
     export_of,

@@ -46,6 +46,7 @@ from causalmix_pipeline.core.controller_tuning import (
 )
 from causalmix_pipeline.core.controllers import ControllerConfig, Schedule
 from causalmix_pipeline.core.design import DesignPlan
+from causalmix_pipeline.core.gain_calibration import Z90
 from causalmix_pipeline.core.policy import Constraints, recommend
 from causalmix_pipeline.core.pool_state import (
     Membership,
@@ -227,11 +228,13 @@ class Ours:
         chosen: the estimator that answers, by task.
         mixture_MD: the mixtures.
         promised_M: their promised gains over equal.
+        se_M: standard errors of these, seed noise left out.
     """
 
     chosen: dict[str, str]
     mixture_MD: np.ndarray
     promised_M: np.ndarray
+    se_M: np.ndarray
 
 
 def recommended(
@@ -254,7 +257,10 @@ def recommended(
         for state_DP in places.state_MDP
     ]  # fmt: skip
     return Ours(
-        choice.chosen, np.array([f.mixture_D for f in found]), np.array([f.gain for f in found])
+        choice.chosen,
+        np.array([f.mixture_D for f in found]),
+        np.array([f.gain for f in found]),
+        np.array([f.gain_se for f in found]),
     )
 
 
@@ -304,10 +310,9 @@ def entrants_of(
     staged: StagedRuns,
     places: Places,
     tuned: Mapping[str, ControllerConfig],
+    ours: Ours,
 ) -> list[Entrant]:
     """All that is compared."""
-    ours = recommended(bench, runs, places)
-    print(f"promised over equal: {ours.promised_M.mean():.4f} bits per byte")
     static, starts = static_rivals(bench, runs, places), starts_of(places)
     return [
         *(static_entrant(name, mixture_MD) for name, mixture_MD in static.items()),
@@ -328,7 +333,8 @@ def compare(
     """Train everything on new states, and say what each gained and cost."""
     places = places_of(bench, NEW_FROM, asked.n_states)
     track = track_of(bench, places, NEW_SEEDS_FROM, asked.seeds)
-    entrants = entrants_of(bench, runs, staged, places, tuning.chosen)
+    ours = recommended(bench, runs, places)
+    entrants = entrants_of(bench, runs, staged, places, tuning.chosen, ours)
     parts = [
         run_lanes(
             lanes_at(entrants, track, sizes[: 1 + i], asked.large_device if i else "cpu"),
@@ -343,6 +349,7 @@ def compare(
         .otherwise(pl.lit("planted"))
     )
     outcomes.write_csv(bench.store.root / f"rivals_runs_{runs.n_runs}.csv")  # type: ignore[operator]
+    show(promises_held(outcomes.filter(size=sizes[0].name), ours))
     design = float(runs.n_runs * sizes[0].config.tokens)
     search: dict[str, float] = {
         name: design for name in ("recommended", "grid", "regmix", "log_linear")
@@ -357,6 +364,33 @@ def compare(
         ]
     ]
     return pl.concat(tables)
+
+
+def promises_held(outcomes: pl.DataFrame, ours: Ours) -> pl.DataFrame:
+    """What was promised for each state over equal, and what was there.
+
+    Returns:
+        A row per state: promised; realised, the mean over seeds, with its se; inside, whether the
+        90% interval of the promise, with this se, reaches it; above, whether its lower end does.
+    """
+    pair = ["state", "seed"]
+    equal = outcomes.filter(entrant="equal").select(*pair, equal="outcome")
+    gain = pl.col("outcome") - pl.col("equal")
+    realised = (
+        outcomes.filter(entrant="recommended")
+        .join(equal, on=pair)
+        .group_by("state")
+        .agg(realised=gain.mean(), se=gain.std() / gain.len().sqrt())
+        .sort("state")
+    )
+    # Few seeds tell little of each state's own noise, so it is that of all.
+    noise = pl.col("se").pow(2).mean().sqrt()
+    short = pl.col("promised") - pl.col("realised")
+    reach = Z90 * (pl.col("promised_se").pow(2) + noise.pow(2)).sqrt()
+    asked = realised["state"].to_numpy()
+    return realised.with_columns(
+        promised=pl.Series(ours.promised_M[asked]), promised_se=pl.Series(ours.se_M[asked])
+    ).with_columns(inside=short.abs() <= reach, above=short <= reach)
 
 
 def sizes_compared(

@@ -38,7 +38,7 @@ from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.asset_keys import asset_key, assets_named
 from causalmix_pipeline.resources.instance import ensure_instance
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
-from causalmix_pipeline.resources.settings import Instance
+from causalmix_pipeline.resources.serving_settings import Instance
 from causalmix_pipeline.resources.settings_file import load_settings
 from causalmix_pipeline.workspace import ON_REQUEST
 from causalmix_pipeline_tests.benchmarks.running_project import (

@@ -13,7 +13,7 @@ from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources import home_config
 from causalmix_pipeline.resources.home_config import config_for, next_config, template
 from causalmix_pipeline.resources.instance import ensure_home, ensure_instance
-from causalmix_pipeline.resources.settings import Instance
+from causalmix_pipeline.resources.serving_settings import Instance
 
 SQLITE = Instance()
 POSTGRES = Instance(storage="postgres", postgres_env="TEAM_URL")

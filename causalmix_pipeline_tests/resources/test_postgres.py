@@ -19,7 +19,7 @@ from causalmix_pipeline.definitions import build_definitions
 from causalmix_pipeline.resources.instance import close_dead_runs, dagster_home, ensure_instance
 from causalmix_pipeline.resources.observation import EXPERIMENT_POOL, LIVE_POOL, observe_pool
 from causalmix_pipeline.resources.postgres import require_postgres
-from causalmix_pipeline.resources.settings import Instance
+from causalmix_pipeline.resources.serving_settings import Instance
 from causalmix_pipeline.resources.settings_file import load_settings
 from causalmix_pipeline_tests.automation.test_daemon import FAST, made_since, wait_for
 from causalmix_pipeline_tests.postgres_server import free_port

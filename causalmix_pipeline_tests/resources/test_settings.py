@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from causalmix_pipeline.adapters.estimators import ESTIMATOR_NAMES
 from causalmix_pipeline.core.errors import ConfigError
-from causalmix_pipeline.resources.settings import PRESET_RUNS, EstimatorName, Settings
+from causalmix_pipeline.resources.settings import Settings
+from causalmix_pipeline.resources.study_settings import PRESET_RUNS, EstimatorName
 
 TASK = {"name": "math", "path": "eval/math.jsonl"}
 
