@@ -20,7 +20,7 @@ from causalmix_pipeline.adapters.profiler import PoolProfile, profile_pool
 from causalmix_pipeline.adapters.profiler import Progress as OnProgress
 from causalmix_pipeline.adapters.run_store import write_atomically
 from causalmix_pipeline.adapters.sealed_frames import read_value, write_value
-from causalmix_pipeline.assets.pool import TOKENIZER_BYTES
+from causalmix_pipeline.assets.pool import TOKENIZER_BYTES, plans_of
 from causalmix_pipeline.console import minutes, new_table
 from causalmix_pipeline.core.covariates import check_scorers, covariates_of, measure_covariates
 from causalmix_pipeline.core.errors import ConfigError
@@ -71,7 +71,7 @@ def profile_to_folder(
             )
             tokenizer = fitted[0]
             on_progress("looks at the pool", 1, 1)
-        plans = project.scorer_plans(tokenizer)
+        plans = plans_of(project, tokenizer)
         before = None if like is None else read_value(like / "documents.parquet")
         if before is not None:
             keys = [plan.scorer.key for plan in plans]

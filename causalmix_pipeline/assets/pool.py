@@ -20,6 +20,7 @@ from causalmix_pipeline.adapters.profiler import (
     survey_pool,
 )
 from causalmix_pipeline.adapters.sealed_frames import content_digest, read_value, write_value
+from causalmix_pipeline.adapters.task_likeness import TaskLikeScorer
 from causalmix_pipeline.assets.column_lineage import live_covariates_lineage
 from causalmix_pipeline.assets.design import (
     evaluation_texts,
@@ -41,6 +42,7 @@ from causalmix_pipeline.core.covariates import (
     Normaliser,
     covariates_of,
     measure_covariates,
+    tasks_asked,
 )
 from causalmix_pipeline.core.errors import PoolError
 from causalmix_pipeline.core.pool_change import compare_profiles
@@ -111,6 +113,23 @@ def adopted_pool(context: dg.AssetExecutionContext, project: Project) -> PoolSpe
             "proxy run anew."
         )
     return project.pool_spec(location, project.settings.domains)
+
+
+def plans_of(project: Project, fitted: PoolTokenizer) -> list[ScorerPlan]:
+    """What is measured of documents; tasks' text is read where a covariate asks for it.
+
+    Raises:
+        PoolError: if a task's file is missing.
+        ScoringError: if it holds too little text.
+    """
+    plans = project.scorer_plans(fitted)
+    if asked := tasks_asked(project.settings.covariates):
+        texts = read_task_texts(project)
+        scorer = TaskLikeScorer.write(
+            project.folder("tokenizers"), fitted.tokenizer_json, {t: texts[t] for t in asked}
+        )
+        plans.append(ScorerPlan(scorer))
+    return plans
 
 
 def profile(
@@ -286,7 +305,7 @@ def experiment_documents(
     spec = replace(
         adopted_pool(context, project), domains=tuple(tokenizer["domains"]), noise_seed=noise_seed
     )
-    plans = project.scorer_plans(fitted)
+    plans = plans_of(project, fitted)
     quarantine = project.folder("quarantine", "experiment_pool.parquet")
     found = profile(project, spec, plans, context.log.info, quarantine)
     tokens_hash = write_token_store(project.run_store, spec, found.documents, fitted)
@@ -319,7 +338,7 @@ def live_documents(
     Scores are kept by content, so only new documents are scored. Stale when the live pool, the
     tokenizer, or what is measured changes.
     """
-    plans = project.scorer_plans(PoolTokenizer.from_dict(tokenizer))
+    plans = plans_of(project, PoolTokenizer.from_dict(tokenizer))
     pool = pool_of_run(context, project.settings)
     spec = project.pool_spec(pool.location, tokenizer["domains"])
     quarantine = pool.folder("quarantine", "live_pool.parquet")

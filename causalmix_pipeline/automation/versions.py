@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 
 from causalmix_pipeline.adapters.task_files import file_digest
-from causalmix_pipeline.core.covariates import QUANTILES
+from causalmix_pipeline.core.covariates import QUANTILES, tasks_asked
 from causalmix_pipeline.resources.settings import Settings
 
 
@@ -86,6 +86,8 @@ def _measured(settings: Settings) -> Any:
     door: list[Any] = [quality.max_document_bytes, quality.max_decompression_ratio]
     if quality.exclude_overlap:
         door.append(_tasks(settings))
+    if asked := tasks_asked(settings.covariates):
+        door.append({task: _tasks(settings)[task] for task in asked})
     return [settings.columns.model_dump(mode="json"), profile, door]
 
 

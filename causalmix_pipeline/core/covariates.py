@@ -47,6 +47,13 @@ DOMAIN_COVARIATES = ("log2_tokens", "duplicate_share", "sample_compress_ratio")
 #: Share of documents in a language, by its ISO 639-1 code: `language_share_de`.
 LANGUAGE_PREFIX = "language_share_"
 
+#: Metric of a document that is 1 where it is like the held-out text of a task, else 0; and the
+#: covariate of a domain, log2 of `LEAST_LIKE` and the share of its tokens in such documents. A
+#: share of .05 is worth much more than none, and one of .55 little more than .5.
+TASK_LIKE_PREFIX = "task_like_"
+LOG_TASK_LIKE_PREFIX = "log2_" + TASK_LIKE_PREFIX
+LEAST_LIKE = 0.01
+
 #: A token-weighted quantile of a metric: `mtld_p10`.
 QUANTILES = {"_p10": 0.1, "_p50": 0.5, "_p90": 0.9}
 
@@ -104,7 +111,7 @@ def covariates_of(documents: pl.DataFrame, *, least_share: float = 0.01) -> tupl
         )
         languages = shares["language"].unique().sort().to_list()
     return (
-        *metrics_of(documents),
+        *(f"log2_{m}" if m.startswith(TASK_LIKE_PREFIX) else m for m in metrics_of(documents)),
         *(LANGUAGE_PREFIX + language for language in languages),
         *DOMAIN_COVARIATES,
     )
@@ -112,10 +119,18 @@ def covariates_of(documents: pl.DataFrame, *, least_share: float = 0.01) -> tupl
 
 def base_of(covariate: str) -> str:
     """The metric that a covariate is a mean or quantile of; itself for the others."""
+    if covariate.startswith(LOG_TASK_LIKE_PREFIX):
+        return covariate.removeprefix("log2_")
     for ending in QUANTILES:
         if covariate.endswith(ending):
             return covariate.removesuffix(ending)
     return covariate
+
+
+def tasks_asked(covariates: Sequence[str]) -> list[str]:
+    """Tasks that documents are held against for these covariates, each once."""
+    asked = [c for c in covariates if c.startswith(LOG_TASK_LIKE_PREFIX)]
+    return list(dict.fromkeys(c.removeprefix(LOG_TASK_LIKE_PREFIX) for c in asked))
 
 
 def check_covariate_names(names: Sequence[str], numbers: Sequence[str] = ()) -> str | None:
@@ -127,8 +142,11 @@ def check_covariate_names(names: Sequence[str], numbers: Sequence[str] = ()) -> 
     """
     known = {*METRICS, *MODEL_METRICS, *DOMAIN_COVARIATES, *numbers}
     for name in names:
-        language = name.startswith(LANGUAGE_PREFIX) and len(name) > len(LANGUAGE_PREFIX)
-        if not (language or name in known or base_of(name) in known - set(DOMAIN_COVARIATES)):
+        patterned = any(
+            name.startswith(prefix) and len(name) > len(prefix)
+            for prefix in (LANGUAGE_PREFIX, LOG_TASK_LIKE_PREFIX)
+        )
+        if not (patterned or name in known or base_of(name) in known - set(DOMAIN_COVARIATES)):
             return name
     return None
 
@@ -209,8 +227,9 @@ class CovariateMeter:
 
         Returns:
             Values in the order of `covariates`; shape (D, P). Metrics in their own units, size in
-            log2 of the distinct tokens, shares in 0..1. A metric of a sample that no document of
-            the sub-pool is in has its mean over the whole domain.
+            log2 of the distinct tokens, shares in 0..1, or in log2 where their names say so. A
+            metric of a sample that no document of the sub-pool is in has its mean over the whole
+            domain.
 
         Raises:
             PoolError: if a domain has no document.
@@ -236,6 +255,8 @@ class CovariateMeter:
                     values_DP[d, p] = 1.0 - n_tokens[mask].sum() / weights.sum()
                 elif name == "sample_compress_ratio":
                     values_DP[d, p] = np.nan if sample_ratio_D is None else sample_ratio_D[d]
+                elif name.startswith(LOG_TASK_LIKE_PREFIX):
+                    values_DP[d, p] = np.log2(LEAST_LIKE + means_B[column])
                 elif name.endswith(tuple(QUANTILES)) and name != base_of(name):
                     values_DP[d, p] = weighted_quantile(
                         values_nB[:, column], weights, QUANTILES[name[-4:]]

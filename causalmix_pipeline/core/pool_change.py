@@ -28,6 +28,8 @@ import numpy as np
 import polars as pl
 
 from causalmix_pipeline.core.covariates import (
+    LEAST_LIKE,
+    LOG_TASK_LIKE_PREFIX,
     QUANTILES,
     CovariateMeter,
     base_of,
@@ -201,6 +203,9 @@ def _influence(
     variance = float(weight_n @ deviation_n**2)
     if name == base_of(name):
         return _Influence(weight_n * deviation_n, variance)
+    if name.startswith(LOG_TASK_LIKE_PREFIX):
+        steepness = 1 / ((LEAST_LIKE + float(weight_n @ value_n)) * np.log(2))
+        return _Influence(weight_n * deviation_n * steepness, variance * steepness**2)
     share = next(share for ending, share in QUANTILES.items() if name.endswith(ending))
     return _Influence(_quantile_influence(value_n, weight_n, share), variance)
 

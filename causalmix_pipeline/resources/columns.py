@@ -88,12 +88,17 @@ PREFIXES = {
 }
 
 _LANGUAGE = "language_share_"
+_TASK_LIKE = "task_like_"
 
 
 def describe_column(name: str) -> str | None:
     """What a column holds; None for one that a user's own table brought."""
     if name.startswith(_LANGUAGE):
         return "Share of the documents in the language."
+    if name.startswith(_TASK_LIKE):
+        return "1 where the document is like the task's held-out text."
+    if name.startswith(f"log2_{_TASK_LIKE}"):
+        return "log2 of .01 and the share of tokens in documents like the task's held-out text."
     prefix, split, _ = name.partition("__")
     if split and prefix in PREFIXES:
         return PREFIXES[prefix]

@@ -20,6 +20,7 @@ from causalmix_pipeline.core.covariates import (
     MODEL_METRICS,
     base_of,
     check_covariate_names,
+    tasks_asked,
 )
 from causalmix_pipeline.core.errors import ConfigError
 from causalmix_pipeline.core.proxy import ProxyConfig
@@ -168,7 +169,8 @@ class Settings(Section):
             known = (*METRICS, *MODEL_METRICS, *DOMAIN_COVARIATES, *self.columns.numbers)
             raise ValueError(
                 f"covariates must be known names, got {unknown!r}; known: {', '.join(known)}, a "
-                "metric's quantiles (mtld_p10, _p50, _p90) and language_share_<ISO code>"
+                "metric's quantiles (mtld_p10, _p50, _p90), language_share_<ISO code> and "
+                "log2_task_like_<task>"
             )
         self._check_measured()
         self._check_sizes()
@@ -197,6 +199,14 @@ class Settings(Section):
                 raise ValueError(
                     f"covariates must be measured, got {asked[0]!r}, which needs {field}: set it, "
                     "or take the covariate off the list"
+                )
+        held_out = [task.name for task in self.tasks if task.kind == "loss"]
+        for task in tasks_asked(self.covariates):
+            if task not in held_out:
+                raise ValueError(
+                    f"covariates: log2_task_like_{task} must name a task with held-out text, kind "
+                    f"loss ({', '.join(held_out) or 'none is set'}): correct the name, or take it "
+                    "off the list"
                 )
 
     def _check_larger(self) -> None:

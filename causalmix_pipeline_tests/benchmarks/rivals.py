@@ -124,7 +124,9 @@ class Places:
     natural_MD: np.ndarray
 
 
-def places_of(bench: Bench, first: int, n_states: int) -> Places:
+def places_of(
+    bench: Bench, first: int, n_states: int, covariates: Sequence[str] = DEFAULT_COVARIATES
+) -> Places:
     """New states: the first half natural, the second planted."""
     memberships: list[Membership] = []
     for m in range(n_states):
@@ -133,7 +135,7 @@ def places_of(bench: Bench, first: int, n_states: int) -> Places:
         memberships.append(draw_state(index, ranges, state_id=first + m, seed=0)[1])
     names = bench.normaliser.covariates
     values_MDP = measure_states(bench.documents, bench.domains, names, memberships, bench.sampler)
-    columns = [names.index(name) for name in DEFAULT_COVARIATES]
+    columns = [names.index(name) for name in covariates]
     described = [describe_state(bench.documents, bench.domains, each) for each in memberships]
     return Places(
         keep_states(bench.store, bench.documents, bench.domains, memberships),
@@ -366,7 +368,7 @@ def compare(
     return pl.concat(tables)
 
 
-def promises_held(outcomes: pl.DataFrame, ours: Ours) -> pl.DataFrame:
+def promises_held(outcomes: pl.DataFrame, ours: Ours, entrant: str = "recommended") -> pl.DataFrame:
     """What was promised for each state over equal, and what was there.
 
     Returns:
@@ -377,7 +379,7 @@ def promises_held(outcomes: pl.DataFrame, ours: Ours) -> pl.DataFrame:
     equal = outcomes.filter(entrant="equal").select(*pair, equal="outcome")
     gain = pl.col("outcome") - pl.col("equal")
     realised = (
-        outcomes.filter(entrant="recommended")
+        outcomes.filter(entrant=entrant)
         .join(equal, on=pair)
         .group_by("state")
         .agg(realised=gain.mean(), se=gain.std() / gain.len().sqrt())

@@ -50,6 +50,7 @@ from causalmix_pipeline.adapters.profiler import (
 from causalmix_pipeline.adapters.run_store import RunStore
 from causalmix_pipeline.adapters.score_store import ScoreStore
 from causalmix_pipeline.adapters.scorers import model_free_plans
+from causalmix_pipeline.adapters.task_likeness import TaskLikeScorer
 from causalmix_pipeline.core.belief import noise_floor
 from causalmix_pipeline.core.covariates import Normaliser
 from causalmix_pipeline.core.design import DesignPlan, make_design
@@ -111,8 +112,12 @@ def prepare(
     workers: int,
     extra_plans: Sequence[ScorerPlan] = (),
     vocab_size: int = 1024,
+    like: Sequence[str] = (),
 ) -> Bench:
-    """Read, tokenise and score the experiment pool, and cut the held-out text."""
+    """Read, tokenise and score the experiment pool, and cut the held-out text.
+
+    Documents are held against the text of the tasks `like`.
+    """
     spec = PoolSpec(
         pool / "experiment", ColumnMap(group="group"), noise_seed=0 if ranges.noise else None
     )
@@ -125,7 +130,15 @@ def prepare(
         tokenizer = PoolTokenizer.fit(sample, vocab_size=vocab_size)
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer_path.write_text(json.dumps(tokenizer.to_dict()))
+    texts = {
+        path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for path in sorted((pool / TASKS[tasks]).glob("*.jsonl"))
+    }
     plans = model_free_plans(tokenizer.scorer(out / "tokenizers"), vocd_budget_tokens=100_000)
+    if like:
+        wanted = {task: texts[task] for task in like}
+        scorer = TaskLikeScorer.write(out / "tokenizers", tokenizer.tokenizer_json, wanted)
+        plans.append(ScorerPlan(scorer))
     documents = profile_pool(
         spec,
         [*plans, *extra_plans],
@@ -136,10 +149,6 @@ def prepare(
     print()
     tokens_hash = write_token_store(store, spec, documents, tokenizer)
     domains = sorted(documents["domain"].unique().to_list())
-    texts = {
-        path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()]
-        for path in sorted((pool / TASKS[tasks]).glob("*.jsonl"))
-    }
     evaluation, eval_hash = build_evaluation(texts, tokenizer, sequence_length=128)
     store.put_eval(eval_hash, evaluation)
     sampler = DomainSampler(
