@@ -340,6 +340,7 @@ def covariates_section() -> Iterator[str]:
     from causalmix_pipeline.core.covariates import (
         DOMAIN_COVARIATES,
         LANGUAGE_PREFIX,
+        LOG_TASK_LIKE_PREFIX,
         METRICS,
         MODEL_METRICS,
         QUANTILES,
@@ -360,6 +361,7 @@ def covariates_section() -> Iterator[str]:
             ("the same, by a model (`profile.lm`, `profile.rater`)", names(MODEL_METRICS)),
             ("of a domain as a whole", names(DOMAIN_COVARIATES)),
             ("share of documents in a language", code(f"{LANGUAGE_PREFIX}<ISO code>")),
+            ("how much is like a task's held-out text", code(f"{LOG_TASK_LIKE_PREFIX}<task>")),
             ("quantiles of a document's number", names(f"<name>{end}" for end in QUANTILES)),
             ("your own columns of numbers", "as named in `columns.numbers`"),
         ],

@@ -17,6 +17,7 @@ from causalmix_pipeline.core.covariates import (
     covariates_of,
     measure_covariates,
     metrics_of,
+    tasks_asked,
     weighted_quantile,
 )
 from causalmix_pipeline.core.errors import PoolError
@@ -64,6 +65,25 @@ def test_the_share_of_a_language_is_weighted_by_tokens():
     values_DP = measure_covariates(tiny_frame(), ["a", "b"], ["language_share_de"])
 
     np.testing.assert_allclose(values_DP[:, 0], [24 / 40, 0.0])
+
+
+def test_likeness_to_a_task_is_the_log_of_the_share_of_tokens_and_no_share_is_finite():
+    frame = tiny_frame().with_columns(task_like_qa_p10=pl.Series([1.0, 0.0, 0.0, 1.0]))
+
+    values_DP = measure_covariates(frame, ["a", "b"], ["log2_task_like_qa_p10"])
+
+    np.testing.assert_allclose(values_DP[:, 0], np.log2([0.01 + 16 / 40, 0.01]))
+    assert "log2_task_like_qa_p10" in covariates_of(frame)
+    assert "task_like_qa_p10" not in covariates_of(frame)
+
+
+def test_tasks_are_read_off_the_covariates_once():
+    names = ["log2_tokens", "log2_task_like_b", "log2_task_like_a", "log2_task_like_b"]
+
+    assert tasks_asked(names) == ["b", "a"]
+    assert check_covariate_names(names) is None
+    assert check_covariate_names(["log2_task_like_"]) == "log2_task_like_"
+    assert check_covariate_names(["task_like_a"]) == "task_like_a"
 
 
 def test_quantiles_are_those_of_the_tokens():

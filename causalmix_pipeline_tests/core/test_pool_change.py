@@ -121,11 +121,14 @@ def test_the_error_of_a_mean_is_the_formula_by_hand():
 
 
 def test_errors_of_one_pool_are_the_spread_over_many_samples_of_it(rng):
-    """Mean, quantile and repeated share against 400 samples drawn anew; sizes vary by Poisson."""
+    """All kinds of covariate against 400 samples drawn anew; sizes vary by Poisson."""
     pools = [draw_pool(rng, rng.poisson(250)) for _ in range(400)]
+    like = (pl.col("letter_share") > 0.62).cast(pl.Float64)
+    pools = [pool.with_columns(task_like_qa=like) for pool in pools]
+    names = (*COVARIATES, "log2_task_like_qa")
 
-    values_MDP = np.array([measure_covariates(pool, DOMAINS, COVARIATES) for pool in pools])
-    error_MDP = np.array([covariate_errors(pool, DOMAINS, COVARIATES) for pool in pools])
+    values_MDP = np.array([measure_covariates(pool, DOMAINS, names) for pool in pools])
+    error_MDP = np.array([covariate_errors(pool, DOMAINS, names) for pool in pools])
 
     ratio_DP = np.sqrt((error_MDP**2).mean(axis=0)) / values_MDP.std(axis=0)
     assert ratio_DP == pytest.approx(np.ones_like(ratio_DP), abs=0.2)
