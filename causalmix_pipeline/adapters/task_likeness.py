@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +22,7 @@ import polars as pl
 
 from causalmix_pipeline.adapters.document_ids import document_id
 from causalmix_pipeline.adapters.text_scores import float_columns
-from causalmix_pipeline.adapters.token_scores import PoolLanguageModel
+from causalmix_pipeline.adapters.token_scores import PoolLanguageModel, write_whole_folder
 from causalmix_pipeline.adapters.tokenizer import encode_texts, vocab_size_of
 from causalmix_pipeline.core.covariates import TASK_LIKE_PREFIX, weighted_quantile
 from causalmix_pipeline.core.errors import ScoringError
@@ -140,8 +138,14 @@ class TaskLikeScorer:
         parts = (tokenizer_json.encode(), bits_TVV.tobytes(), json.dumps(most_bits).encode())
         content_hash = _digest(parts)
         final = folder / f"task-pairs-{content_hash}"
+
+        def fill(building: Path) -> None:
+            (building / "tokenizer.json").write_bytes(parts[0])
+            (building / "tasks.json").write_bytes(parts[2])
+            np.save(building / "bits.npy", bits_TVV)
+
         if not final.exists():
-            _write_folder(final, parts[0], bits_TVV, parts[2])
+            write_whole_folder(final, fill)
         return cls(final, content_hash, tuple(fitted))
 
     @property
@@ -173,21 +177,6 @@ def _digest(parts: Sequence[bytes]) -> str:
     for part in parts:
         digest.update(b"%d " % len(part) + part)
     return digest.hexdigest()
-
-
-def _write_folder(final: Path, tokenizer: bytes, bits_TVV: np.ndarray, tasks: bytes) -> None:
-    building = final.with_name(f".{final.name}.{os.getpid()}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    (building / "tokenizer.json").write_bytes(tokenizer)
-    (building / "tasks.json").write_bytes(tasks)
-    np.save(building / "bits.npy", bits_TVV)
-    try:
-        building.rename(final)
-    except OSError:
-        shutil.rmtree(building)
-        if not final.exists():  # else another process wrote the same content first
-            raise
 
 
 @lru_cache(maxsize=2)

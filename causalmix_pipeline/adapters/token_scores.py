@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -172,14 +172,27 @@ def token_values(
 def _write_folder(
     final: Path, tokenizer_json: str, language_model: CrossFittedModel, content_hash: str
 ) -> None:
+    def fill(building: Path) -> None:
+        tables = [half.bits_tables() for half in language_model.halves]
+        (building / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        np.save(building / "unigram_bits.npy", np.stack([bits_V for bits_V, _ in tables]))
+        np.save(building / "bigram_bits.npy", np.stack([bits_VV for _, bits_VV in tables]))
+        (building / "content.txt").write_text(f"{content_hash}\n{_digest_of(building)}\n")
+
+    write_whole_folder(final, fill)
+
+
+def write_whole_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder whose name tells its content, whole or not at all, by any number of processes.
+
+    Args:
+        final: the folder.
+        fill: writes the content into an empty folder.
+    """
     building = final.with_name(f".{final.name}.{os.getpid()}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    tables = [half.bits_tables() for half in language_model.halves]
-    (building / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    np.save(building / "unigram_bits.npy", np.stack([bits_V for bits_V, _ in tables]))
-    np.save(building / "bigram_bits.npy", np.stack([bits_VV for _, bits_VV in tables]))
-    (building / "content.txt").write_text(f"{content_hash}\n{_digest_of(building)}\n")
+    fill(building)
     try:
         building.rename(final)
     except OSError:
