@@ -19,6 +19,7 @@ from causalmix_pipeline.core.covariates import (
     DOMAIN_COVARIATES,
     METRICS,
     MODEL_METRICS,
+    TASK_LIKE_PREFIX,
 )
 from causalmix_pipeline.core.design import MOST_STAGES
 from causalmix_pipeline.core.errors import ConfigError
@@ -185,7 +186,7 @@ class Columns(Section):
         ColumnMap(**self.model_dump())  # its rules are the reader's
         taken = {*METRICS, *MODEL_METRICS, *DOMAIN_COVARIATES, *DOCUMENT_COLUMNS}
         for name in self.numbers:
-            if name in taken:
+            if name in taken or name.startswith(TASK_LIKE_PREFIX):
                 raise ValueError(
                     f"columns.numbers must not use the name of a metric or column of the "
                     f"pipeline, got {name!r}: rename the column in the files"

@@ -179,6 +179,7 @@ def test_a_fingerprint_follows_its_own_sections_only():
         ({"prompt": "q", "response": "a", "messages": "m"}, "two forms of a document"),
         ({"numbers": ("text",)}, "columns.numbers must be different"),
         ({"numbers": ("mtld",)}, "must not use the name of a metric"),
+        ({"numbers": ("task_like_math",)}, "must not use the name of a metric"),
     ],
 )
 def test_columns_that_contradict_themselves_are_refused(columns, message):
