@@ -51,7 +51,7 @@ LEAST_RUNS = -(-MINIMUM_RUNS * N_FOLDS // (N_FOLDS - 1))
 FEW_RUNS = 96
 
 #: Version of what `Model.save` writes.
-FORMAT = 2
+FORMAT = 3
 
 #: A frame or a CSV or Parquet file.
 TableSource = pl.DataFrame | Path | str

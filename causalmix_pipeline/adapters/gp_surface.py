@@ -2,21 +2,25 @@
 
 With s = sqrt(share) and z = standardised covariates, the prior covariance of two runs' outcomes is
 
-    share          sum_d i_d s_d s'_d             a domain helps, whatever its state
-    share_state    sum_d i_d s_d s'_d  z_d . z'_d how much depends on the domain's own state
-    domain         mean_d i_d smooth(s_d, z_d)    each domain's own curve
-    all            smooth(i s, i z)               anything else
-    state_linear, state_smooth                    main effect of the state
-    state_id       same state                     what the covariates miss; cancels in gains
-    noise          same run                       the seed
+    share          sum_d i_d s_d s'_d              a domain helps, whatever its state
+    share_state    sum_d i_d s_d s'_d  z_d . z'_d  how much depends on the domain's own state
+                   both times near(i s)            and on what else is in the mixture
+    domain         mean_d i_d bent(s_d, z_d)       each domain's own curve, kinks allowed
+    all            smooth(i s, i z)                anything else
+    state_linear, state_smooth                     main effect of the state
+    state_id       same state                      what the covariates miss; cancels in gains
+    noise          same run                        the seed
 
-with i_d the importance of domain d; covariates are weighted alike in all domains. A task whose
-outcomes are all negative is a loss with its sign turned: the process models minus the log of that
-loss. Losses follow power laws, so the last tenth of a domain brings less than the first. Each task
-has its own hyper-parameters, found by maximising the marginal likelihood with weak priors: sharing
-them among tasks, and leaving the importance out, was measured and is worse (docs/DECISIONS.md).
+with i_d the importance of domain d, and a weight for each covariate of each domain. `near` and
+`smooth` are squared exponentials, `bent` is Matern's with nu = 5/2. What one domain brings depends
+on the rest of the mixture wherever domains teach the same thing: a prior holds `near` flat unless
+the runs show that. A task whose outcomes are all negative is a loss with its sign turned: the
+process models minus the log of that loss. Losses follow power laws, so the last tenth of a domain
+brings less than the first. Each task has its own hyper-parameters, found by maximising the marginal
+likelihood with weak priors: sharing them among tasks, leaving the importance out, and weighting
+covariates alike in all domains was measured and is worse (docs/DECISIONS.md).
 Source: C. E. Rasmussen and C. K. I. Williams, Gaussian Processes for Machine Learning, sections 2.2
-(posterior) and 5.4.1 (likelihood and its gradient).
+(posterior), 4.2.1 (Matern) and 5.4.1 (likelihood and its gradient).
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ PRIORS = {
     "state_smooth": (0.1, 2.0),
     "state_id": (0.02, 2.0),
     "noise": (0.05, 2.0),
+    "near_length": (6.0, 0.5),
     "domain_share_length": (0.7, 0.7),
     "domain_state_length": (3.0, 0.7),
     "all_share_length": (0.8, 0.7),
@@ -55,10 +60,11 @@ PRIORS = {
 }
 
 #: Hyper-parameters that exist without covariates.
-BLIND = ("share", "domain", "all", "state_id", "noise", "domain_share_length", "all_share_length")
+BLIND = ("share", "domain", "all", "state_id", "noise", "near_length", "domain_share_length",
+         "all_share_length")  # fmt: skip
 
-#: Prior standard deviation of the log weight of a covariate or log importance of a domain; the
-#: median is 1.
+#: Prior standard deviation of the log weight of a domain's covariate or log importance of a domain;
+#: the median is 1.
 WEIGHT_DEVIATION = 1.0
 
 #: Where the search starts, over the prior's median. From loud noise it can end where the steep part
@@ -230,6 +236,8 @@ class _Posterior:
         self.hyper, self.points = hyper, points
         self.sees_state = "share_state" in hyper
         self.importance_D = _importance(hyper)
+        if self.sees_state:
+            self.weight_DP = _weights(hyper)
         self.center_D = points.root_ND.mean(axis=0)
         self.cholesky_NN = np.linalg.cholesky(_Covariance(hyper, points).matrix())
         self.alpha_N = cho_solve((self.cholesky_NN, True), standard_N)
@@ -278,54 +286,66 @@ class _Posterior:
         h, points = self.hyper, self.points
         root_ND, n_domains = points.root_ND, points.root_ND.shape[1]
         step_MD = (root_MD - self.center_D) * self.importance_D
-        kernel_MN = h["share"] * step_MD @ (root_ND - self.center_D).T
+        linear_MN = h["share"] * step_MD @ (root_ND - self.center_D).T
         domain_ND, all_N = np.ones(root_ND.shape), np.ones(len(root_ND))
         if self.sees_state:
-            weight_P = _weights(h)
-            meets_ND = (points.state_NDP * state_DP) @ weight_P * self.importance_D
-            kernel_MN += h["share_state"] * root_MD @ (root_ND * meets_ND).T
-            distance_ND = (points.state_NDP - state_DP) ** 2 @ weight_P
+            met_DP = state_DP * self.weight_DP * self.importance_D[:, None]
+            meets_ND = np.einsum("ndp,dp->nd", points.state_NDP, met_DP)
+            linear_MN += h["share_state"] * root_MD @ (root_ND * meets_ND).T
+            distance_ND = self._distances(state_DP)
             domain_ND = np.exp(-0.5 * distance_ND / h["domain_state_length"] ** 2)
             distance_N = (distance_ND * self.importance_D).mean(axis=1)
             all_N = np.exp(-0.5 * distance_N / h["all_state_length"] ** 2)
-        squared_MN = np.zeros_like(kernel_MN)
+        apart_MN, kernel_MN = np.zeros_like(linear_MN), np.zeros_like(linear_MN)
         for d, importance in enumerate(self.importance_D):
-            step_MN = np.subtract.outer(root_MD[:, d], root_ND[:, d])
-            step_MN *= step_MN
-            squared_MN += importance * step_MN
-            step_MN *= -0.5 / h["domain_share_length"] ** 2
-            np.exp(step_MN, out=step_MN)
-            step_MN *= domain_ND[:, d] * (h["domain"] * importance / n_domains)
-            kernel_MN += step_MN
-        squared_MN *= -0.5 / h["all_share_length"] ** 2
-        np.exp(squared_MN, out=squared_MN)
-        squared_MN *= all_N * h["all"]
-        kernel_MN += squared_MN
+            step_MN = np.abs(np.subtract.outer(root_MD[:, d], root_ND[:, d]))
+            apart_MN += importance * step_MN**2
+            part_MN = _bent(step_MN, h["domain_share_length"])
+            part_MN *= domain_ND[:, d] * (h["domain"] * importance / n_domains)
+            kernel_MN += part_MN
+        kernel_MN += linear_MN * np.exp(apart_MN * (-0.5 / h["near_length"] ** 2))
+        apart_MN *= -0.5 / h["all_share_length"] ** 2
+        np.exp(apart_MN, out=apart_MN)
+        apart_MN *= all_N * h["all"]
+        kernel_MN += apart_MN
         return kernel_MN
 
     def _state_row(self, state_DP: np.ndarray) -> np.ndarray | float:
         """Covariance of the state's main effect with each run's; shape (N,)."""
         if not self.sees_state:
             return 0.0
-        h, weight_P = self.hyper, _weights(self.hyper)
-        linear_N = ((self.points.state_NDP * state_DP) @ weight_P).mean(axis=1)
-        distance_N = ((self.points.state_NDP - state_DP) ** 2 @ weight_P).mean(axis=1)
+        h, n_domains = self.hyper, len(self.importance_D)
+        met_DP = state_DP * self.weight_DP / n_domains
+        linear_N = np.einsum("ndp,dp->n", self.points.state_NDP, met_DP)
+        distance_N = self._distances(state_DP).mean(axis=1)
         smooth_N = np.exp(-0.5 * distance_N / h["state_length"] ** 2)
         return h["state_linear"] * linear_N + h["state_smooth"] * smooth_N
+
+    def _distances(self, state_DP: np.ndarray) -> np.ndarray:
+        """Weighted squared distance of each domain's state from those of the runs; (N, D)."""
+        step_NDP = self.points.state_NDP - state_DP
+        return np.einsum("ndp,ndp,dp->nd", step_NDP, step_NDP, self.weight_DP)
 
     def _prior_variance_of_difference(
         self, state_DP: np.ndarray, root_MD: np.ndarray, root_D: np.ndarray
     ) -> np.ndarray:
         h = self.hyper
-        squared_MD = (root_MD - root_D) ** 2
-        variance_M = h["share"] * squared_MD @ self.importance_D
+        step_MD = np.abs(root_MD - root_D)
+        apart_M = step_MD**2 @ self.importance_D
+        near_M = np.exp(-0.5 * apart_M / h["near_length"] ** 2)
+
+        def linear(left_MD: np.ndarray, right_D: np.ndarray, size_D: np.ndarray) -> np.ndarray:
+            met_M = left_MD * right_D @ size_D
+            return left_MD**2 @ size_D + right_D**2 @ size_D - 2 * near_M * met_M
+
+        center_D = self.center_D
+        variance_M = linear(root_MD - center_D, root_D - center_D, h["share"] * self.importance_D)
         if self.sees_state:
-            size_D = state_DP**2 @ _weights(h) * self.importance_D
-            variance_M += h["share_state"] * squared_MD @ size_D
-        own_MD = 1 - np.exp(-0.5 * squared_MD / h["domain_share_length"] ** 2)
-        distance_M = squared_MD @ self.importance_D
-        all_M = 1 - np.exp(-0.5 * distance_M / h["all_share_length"] ** 2)
+            size_D = (state_DP**2 * self.weight_DP).sum(axis=1) * self.importance_D
+            variance_M += linear(root_MD, root_D, h["share_state"] * size_D)
+        own_MD = 1 - _bent(step_MD, h["domain_share_length"])
         domain_M = own_MD @ self.importance_D / len(self.importance_D)
+        all_M = 1 - np.exp(-0.5 * apart_M / h["all_share_length"] ** 2)
         return variance_M + 2 * h["domain"] * domain_M + 2 * h["all"] * all_M
 
 
@@ -342,124 +362,150 @@ class _Covariance:
         self.importance_D = _importance(hyper)
         self.same_state_NN = np.equal.outer(points.state_ids, points.state_ids).astype(float)
         if self.sees_state:
-            self.weight_P = _weights(hyper)
-            self.meeting_NDP = points.root_ND[:, :, None] * points.state_NDP
+            self.weight_DP = _weights(hyper)
+            self.both_DP = self.importance_D[:, None] * self.weight_DP
+            self.meeting_NC = (points.root_ND[:, :, None] * points.state_NDP).reshape(n_runs, -1)
             self.flat_NC = (points.state_NDP / np.sqrt(n_domains)).reshape(n_runs, -1)
-            self.weight_C = np.tile(self.weight_P, n_domains)
-            self.both_C = np.outer(self.importance_D, self.weight_P).ravel()
 
     def matrix(self) -> np.ndarray:
         """Return the covariance with noise; shape (N, N). Keeps the parts for `gradient`."""
         h, n_domains = self.h, self.root_ND.shape[1]
-        self.domain_parts = [
-            self._smooth(self.root_ND[:, d : d + 1], "domain_share_length", d)
-            for d in range(n_domains)
-        ]
-        self.all_NN = self._smooth(self.root_ND, "all_share_length", None)
-        covariance_NN = h["share"] * (self.centered_ND * self.importance_D) @ self.centered_ND.T
+        apart_NN = _squared_distances(self.root_ND * np.sqrt(self.importance_D))
+        self.near_NN = np.exp(apart_NN * (-0.5 / h["near_length"] ** 2))
+        self.all_NN = apart_NN * (-0.5 / h["all_share_length"] ** 2)
+        self.linear_NN = h["share"] * (self.centered_ND * self.importance_D) @ self.centered_ND.T
+        if self.sees_state:
+            met_NC = self.meeting_NC * self.both_DP.ravel()
+            self.linear_NN += h["share_state"] * met_NC @ self.meeting_NC.T
+            self.all_NN += self._state_exponent(self.flat_NC, self.both_DP, "all_state_length")
+        np.exp(self.all_NN, out=self.all_NN)
+        covariance_NN = self.linear_NN * self.near_NN
+        self.domain_parts = [self._domain_part(d) for d in range(n_domains)]
         for part_NN, importance in zip(self.domain_parts, self.importance_D, strict=True):
             covariance_NN += h["domain"] * importance / n_domains * part_NN
         covariance_NN += h["all"] * self.all_NN + h["state_id"] * self.same_state_NN
         if self.sees_state:
-            meeting_NC = self.meeting_NDP.reshape(len(self.root_ND), -1)
-            covariance_NN += h["share_state"] * (meeting_NC * self.both_C) @ meeting_NC.T
-            covariance_NN += h["state_linear"] * (self.flat_NC * self.weight_C) @ self.flat_NC.T
-            features_NC = self.flat_NC * np.sqrt(self.weight_C) / h["state_length"]
-            self.state_NN = np.exp(-0.5 * _squared_distances(features_NC))
+            weight_C = self.weight_DP.ravel()
+            covariance_NN += h["state_linear"] * (self.flat_NC * weight_C) @ self.flat_NC.T
+            self.state_NN = np.exp(
+                self._state_exponent(self.flat_NC, self.weight_DP, "state_length")
+            )
             covariance_NN += h["state_smooth"] * self.state_NN
         covariance_NN[np.diag_indices_from(covariance_NN)] += h["noise"] + JITTER
         return covariance_NN
 
     def gradient(self, slope_NN: np.ndarray) -> dict[str, float]:
         """Return d/d log of each hyper-parameter of a function whose slope by K is `slope_NN`."""
-        h, n_domains = self.h, self.root_ND.shape[1]
+        h = self.h
         self.out = {name: 0.0 for name in h}
-        part_D = np.sum(self.centered_ND * (slope_NN @ self.centered_ND), axis=0)
-        self._add_linear("share", importance_D=part_D * self.importance_D)
-        for d, part_NN in enumerate(self.domain_parts):
-            pull_NN = slope_NN * part_NN * (h["domain"] * self.importance_D[d] / n_domains)
-            self._add_domain(pull_NN, d)
+        self.by_importance_D = np.zeros(len(self.importance_D))
+        self.by_weight_DP = np.zeros_like(self.weight_DP) if self.sees_state else np.empty((0, 0))
+        self._add_near(slope_NN)
+        for d in range(len(self.importance_D)):
+            self._add_domain(slope_NN, d)
         self._add_all(slope_NN * self.all_NN * h["all"])
         self.out["state_id"] = h["state_id"] * float(np.sum(slope_NN * self.same_state_NN))
         self.out["noise"] = h["noise"] * float(np.trace(slope_NN))
         if self.sees_state:
-            meeting_NC = self.meeting_NDP.reshape(len(slope_NN), -1)
-            part_C = np.sum(meeting_NC * (slope_NN @ meeting_NC), axis=0) * self.both_C
-            part_DP = part_C.reshape(n_domains, -1)
-            self._add_linear(
-                "share_state", importance_D=part_DP.sum(axis=1), weight_P=part_DP.sum(axis=0)
-            )
-            part_C = np.sum(self.flat_NC * (slope_NN @ self.flat_NC), axis=0) * self.weight_C
-            self._add_linear("state_linear", weight_P=part_C.reshape(n_domains, -1).sum(axis=0))
+            part_DP = self._linear_pull(slope_NN, self.flat_NC) * self.weight_DP
+            self.out["state_linear"] = h["state_linear"] * float(part_DP.sum())
+            self.by_weight_DP += h["state_linear"] * part_DP
             pull_NN = slope_NN * self.state_NN * h["state_smooth"]
             self.out["state_smooth"] = float(pull_NN.sum())
-            pull_C = _pull(pull_NN, self.flat_NC) * self.weight_C
-            self._add_length("state_length", pull_C.reshape(n_domains, -1), weight_only=True)
+            pull_DP = _pull(pull_NN, self.flat_NC).reshape(self.weight_DP.shape)
+            self._add_state_length("state_length", pull_DP * self.weight_DP)
+        self.out |= zip(_named(h, "importance:"), self.by_importance_D.tolist(), strict=True)
+        self.out |= zip(_named(h, "weight:"), self.by_weight_DP.ravel().tolist(), strict=True)
         return self.out
 
-    def _smooth(self, root_ND: np.ndarray, length: str, d: int | None) -> np.ndarray:
-        if d is None:
-            parts = [root_ND * np.sqrt(self.importance_D) / self.h[length]]
-        else:
-            parts = [root_ND / self.h[length]]
+    def _state_exponent(self, state_NC: np.ndarray, weight: np.ndarray, length: str) -> np.ndarray:
+        squared_NN = _squared_distances(state_NC * np.sqrt(weight.ravel()))
+        squared_NN *= -0.5 / self.h[length] ** 2
+        return squared_NN
+
+    def _steps(self, d: int) -> np.ndarray:
+        return np.abs(np.subtract.outer(self.root_ND[:, d], self.root_ND[:, d]))
+
+    def _domain_part(self, d: int) -> np.ndarray:
+        part_NN = _bent(self._steps(d), self.h["domain_share_length"])
         if self.sees_state:
-            state_length = self.h["all_state_length" if d is None else "domain_state_length"]
-            state_NC = (
-                self.flat_NC * np.sqrt(self.both_C)
-                if d is None
-                else self.points.state_NDP[:, d] * np.sqrt(self.weight_P)
+            state_NP = self.points.state_NDP[:, d]
+            part_NN *= np.exp(
+                self._state_exponent(state_NP, self.weight_DP[d], "domain_state_length")
             )
-            parts.append(state_NC / state_length)
-        return np.exp(-0.5 * _squared_distances(np.hstack(parts)))
+        return part_NN
 
-    def _add_linear(
-        self,
-        name: str,
-        importance_D: np.ndarray | None = None,
-        weight_P: np.ndarray | None = None,
-    ) -> None:
-        """Add what a kernel linear in importances and weights contributes; before `h[name]`."""
-        total = weight_P if importance_D is None else importance_D
-        assert total is not None
-        self.out[name] += self.h[name] * float(np.sum(total))
-        if importance_D is not None:
-            self._add_to("importance:", self.h[name] * importance_D)
-        if weight_P is not None:
-            self._add_to("weight:", self.h[name] * weight_P)
+    def _linear_pull(self, slope_NN: np.ndarray, features_NC: np.ndarray) -> np.ndarray:
+        """What a kernel linear in these features takes from each; shape (D, P)."""
+        pull_C = np.sum(features_NC * (slope_NN @ features_NC), axis=0)
+        return pull_C.reshape(self.weight_DP.shape)
 
-    def _add_domain(self, pull_NN: np.ndarray, d: int) -> None:
+    def _add_near(self, slope_NN: np.ndarray) -> None:
+        h, near_slope_NN = self.h, slope_NN * self.near_NN
+        part_D = np.sum(self.centered_ND * (near_slope_NN @ self.centered_ND), axis=0)
+        part_D *= h["share"] * self.importance_D
+        self.out["share"] = float(part_D.sum())
+        self.by_importance_D += part_D
+        if self.sees_state:
+            part_DP = self._linear_pull(near_slope_NN, self.meeting_NC)
+            part_DP *= h["share_state"] * self.both_DP
+            self.out["share_state"] = float(part_DP.sum())
+            self.by_importance_D += part_DP.sum(axis=1)
+            self.by_weight_DP += part_DP
+        self._add_share_length("near_length", near_slope_NN * self.linear_NN)
+
+    def _add_domain(self, slope_NN: np.ndarray, d: int) -> None:
+        h, n_domains = self.h, len(self.importance_D)
+        pull_NN = slope_NN * self.domain_parts[d]
+        pull_NN *= h["domain"] * self.importance_D[d] / n_domains
         total = float(pull_NN.sum())
         self.out["domain"] += total
-        step_D = np.zeros(self.root_ND.shape[1])
-        step_D[d] = total
-        self._add_to("importance:", step_D)
-        pull = _pull(pull_NN, self.root_ND[:, d : d + 1])[0]
-        self.out["domain_share_length"] += pull / self.h["domain_share_length"] ** 2
+        self.by_importance_D[d] += total
+        ratio_NN = _bent_ratio(self._steps(d), h["domain_share_length"])
+        self.out["domain_share_length"] += float(np.sum(pull_NN * ratio_NN))
         if self.sees_state:
-            pull_P = _pull(pull_NN, self.points.state_NDP[:, d]) * self.weight_P
-            self._add_length("domain_state_length", pull_P[None], weight_only=True)
+            pull_DP = np.zeros_like(self.weight_DP)
+            pull_DP[d] = _pull(pull_NN, self.points.state_NDP[:, d]) * self.weight_DP[d]
+            self._add_state_length("domain_state_length", pull_DP)
 
     def _add_all(self, pull_NN: np.ndarray) -> None:
-        self.out["all"] += float(pull_NN.sum())
-        pull_D = _pull(pull_NN, self.root_ND) * self.importance_D
-        length = self.h["all_share_length"]
-        self.out["all_share_length"] += float(pull_D.sum()) / length**2
-        self._add_to("importance:", -0.5 * pull_D / length**2)
+        self.out["all"] = float(pull_NN.sum())
+        self._add_share_length("all_share_length", pull_NN)
         if self.sees_state:
-            pull_C = _pull(pull_NN, self.flat_NC) * self.both_C
-            self._add_length("all_state_length", pull_C.reshape(len(pull_D), -1))
+            pull_DP = _pull(pull_NN, self.flat_NC).reshape(self.both_DP.shape) * self.both_DP
+            part_DP = self._add_state_length("all_state_length", pull_DP)
+            self.by_importance_D -= 0.5 * part_DP.sum(axis=1)
 
-    def _add_length(self, name: str, pull_DP: np.ndarray, *, weight_only: bool = False) -> None:
+    def _add_share_length(self, name: str, pull_NN: np.ndarray) -> None:
+        """Add what the mixtures' squared distance contributes to a smooth kernel."""
+        part_D = _pull(pull_NN, self.root_ND) * self.importance_D / self.h[name] ** 2
+        self.out[name] += float(part_D.sum())
+        self.by_importance_D -= 0.5 * part_D
+
+    def _add_state_length(self, name: str, pull_DP: np.ndarray) -> np.ndarray:
         """Add what a state's squared distance contributes, given its pull on each coordinate."""
         part_DP = pull_DP / self.h[name] ** 2
         self.out[name] += float(part_DP.sum())
-        self._add_to("weight:", -0.5 * part_DP.sum(axis=0))
-        if not weight_only:
-            self._add_to("importance:", -0.5 * part_DP.sum(axis=1))
+        self.by_weight_DP -= 0.5 * part_DP
+        return part_DP
 
-    def _add_to(self, prefix: str, parts: np.ndarray) -> None:
-        for name, part in zip(_named(self.h, prefix), parts, strict=False):
-            self.out[name] += float(part)
+
+def _bent(step: np.ndarray, length: float) -> np.ndarray:
+    """Matern's correlation, nu = 5/2, at these distances."""
+    far = step * (np.sqrt(5) / length)
+    correlation = np.exp(-far)
+    polynomial = far / 3
+    polynomial += 1
+    polynomial *= far
+    polynomial += 1
+    correlation *= polynomial
+    return correlation
+
+
+def _bent_ratio(step: np.ndarray, length: float) -> np.ndarray:
+    """Slope of `_bent` by the log of the length, over `_bent` itself."""
+    far = step * (np.sqrt(5) / length)
+    return far**2 * (1 + far) / (3 + 3 * far + far**2)
 
 
 def _named(hyper: Mapping[str, float], prefix: str) -> list[str]:
@@ -467,9 +513,10 @@ def _named(hyper: Mapping[str, float], prefix: str) -> list[str]:
 
 
 def _weights(hyper: Mapping[str, float]) -> np.ndarray:
-    """Weights of the covariates, divided by their number; shape (P,)."""
-    names = _named(hyper, "weight:")
-    return np.array([hyper[name] for name in names]) / len(names)
+    """Weights of each domain's covariates, divided by their number; shape (D, P)."""
+    weights = [hyper[name] for name in _named(hyper, "weight:")]
+    weight_DP = np.reshape(weights, (len(_named(hyper, "importance:")), -1))
+    return weight_DP / weight_DP.shape[1]
 
 
 def _importance(hyper: Mapping[str, float]) -> np.ndarray:
@@ -494,7 +541,8 @@ def _hyper_names(runs: RunTable, sees_state: bool) -> tuple[str, ...]:
     importance = [f"importance:{domain}" for domain in runs.domains]
     if not sees_state:
         return (*BLIND, *importance)
-    return (*PRIORS, *importance, *(f"weight:{name}" for name in runs.covariates))
+    weights = [f"weight:{domain}__{name}" for domain in runs.domains for name in runs.covariates]
+    return (*PRIORS, *importance, *weights)
 
 
 def _prior(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -573,9 +621,11 @@ def _search(
 def _reuse(names: tuple[str, ...], parameters: Mapping, task: str) -> dict[str, float]:
     given = dict(parameters.get("hyper_parameters", {}).get(task, {}))
     if set(given) != set(names):
-        odd = ", ".join(sorted(set(given) ^ set(names)))
+        odd = sorted(set(given) ^ set(names))
+        more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
         raise EstimationError(
             f"parameters of task {task} must name the hyper-parameters of a fit on these runs, but "
-            f"differ in {odd}: they were made for other names; fit without them."
+            f"differ in {', '.join(odd[:4])}{more}: they were made for other names, or by another "
+            "version; fit without them (in the pipeline: materialise cate_model)."
         )
     return {name: float(given[name]) for name in names}

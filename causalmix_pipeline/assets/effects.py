@@ -36,7 +36,7 @@ from causalmix_pipeline.resources.progress import progress_teller
 from causalmix_pipeline.resources.project import Project
 
 
-@dg.asset(dagster_type=VALUES, group_name="effects", kinds={"econml", "lightgbm"}, code_version="3")
+@dg.asset(dagster_type=VALUES, group_name="effects", kinds={"econml", "lightgbm"}, code_version="4")
 def cate_model(project: dg.ResourceParam[Project], run_table: pl.DataFrame) -> dg.MaterializeResult:
     """Which estimator answers for each task, and every estimator's score on unseen pool states.
 

@@ -99,7 +99,7 @@ def trial_of(settings: Settings, staged: StagedRuns) -> StageTrial:
     dagster_type=FRAME,
     group_name="effects",
     kinds={"polars"},
-    code_version="1",
+    code_version="2",
     check_specs=[
         dg.AssetCheckSpec(
             "stage_matters",

@@ -67,22 +67,23 @@ def textbook(surface: ResponseSurface, runs: RunTable, task: str) -> tuple:
     """Mean, gain and variance from dense kernels written out pair by pair (GPML eq. 2.23-24)."""
     h = surface.parameters()["hyper_parameters"][task]
     importance_D = np.array([h[f"importance:{name}"] for name in runs.domains])
-    weight_P = np.array([h[f"weight:{name}"] for name in runs.covariates]) / len(runs.covariates)
+    weights = [[h[f"weight:{d}__{name}"] for name in runs.covariates] for d in runs.domains]
+    weight_DP = np.array(weights) / len(runs.covariates)
     scaler = StateScaler.fit(runs.distinct_states()[1])
     center_D = np.sqrt(runs.mixture_ND).mean(axis=0)
 
     def kernel(s, z, r, u):
-        meeting_D = (z * u) @ weight_P
-        far_D = (z - u) ** 2 @ weight_P
-        curve_D = np.exp(
-            -((s - r) ** 2) / 2 / h["domain_share_length"] ** 2
-            - far_D / 2 / h["domain_state_length"] ** 2
-        )
+        meeting_D = (z * u * weight_DP).sum(axis=1)
+        far_D = ((z - u) ** 2 * weight_DP).sum(axis=1)
+        far = np.sqrt(5) * np.abs(s - r) / h["domain_share_length"]
+        curve_D = (1 + far + far**2 / 3) * np.exp(-far)
+        curve_D *= np.exp(-far_D / 2 / h["domain_state_length"] ** 2)
+        near = np.exp(-((s - r) ** 2 @ importance_D) / 2 / h["near_length"] ** 2)
         everything = ((s - r) ** 2 @ importance_D) / h["all_share_length"] ** 2
         everything += (far_D @ importance_D) / len(s) / h["all_state_length"] ** 2
         return (
-            h["share"] * (s - center_D) @ (importance_D * (r - center_D))
-            + h["share_state"] * np.sum(importance_D * s * r * meeting_D)
+            near * h["share"] * (s - center_D) @ (importance_D * (r - center_D))
+            + near * h["share_state"] * np.sum(importance_D * s * r * meeting_D)
             + h["domain"] * np.mean(importance_D * curve_D)
             + h["all"] * np.exp(-everything / 2)
             + h["state_linear"] * np.mean(meeting_D)
@@ -201,7 +202,7 @@ def test_parameters_survive_json(surface):
 def test_parameters_of_other_covariates_are_refused(surface, runs):
     renamed = replace(runs, covariates=("hes", "covariate_1", "covariate_2"))
 
-    with pytest.raises(EstimationError, match="weight:covariate_0, weight:hes"):
+    with pytest.raises(EstimationError, match="weight:domain_0__covariate_0.* and 4 more"):
         ResponseSurface().fit(renamed, surface.parameters())
 
 
