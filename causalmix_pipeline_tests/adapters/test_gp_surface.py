@@ -202,7 +202,7 @@ def test_parameters_survive_json(surface):
 def test_parameters_of_other_covariates_are_refused(surface, runs):
     renamed = replace(runs, covariates=("hes", "covariate_1", "covariate_2"))
 
-    with pytest.raises(EstimationError, match="weight:domain_0__covariate_0.* and 4 more"):
+    with pytest.raises(EstimationError, match=r"weight:domain_0__covariate_0.* and 4 more"):
         ResponseSurface().fit(renamed, surface.parameters())
 
 
