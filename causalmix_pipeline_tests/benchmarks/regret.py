@@ -182,7 +182,8 @@ def main(arguments: Sequence[str]) -> None:
                 out.write(json.dumps(row) + "\n")
         left = (time.monotonic() - began) / (index + 1) * (len(cells) - index - 1)
         print(f"{index + 1} of {len(cells)} cells, about {left:.0f} s left", file=sys.stderr)
-    rows = pl.DataFrame([json.loads(line) for line in options.out.open()])
+    found = [json.loads(line) for line in options.out.open()]
+    rows = pl.DataFrame(found, infer_schema_length=None)
     with pl.Config(tbl_rows=-1, tbl_cols=-1, float_precision=3, tbl_width_chars=200,
                    tbl_hide_dataframe_shape=True):  # fmt: skip
         for (design, n_runs), part in summary(rows).group_by(
