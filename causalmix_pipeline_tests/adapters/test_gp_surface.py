@@ -3,14 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from causalmix_pipeline.adapters.gp_surface import (
-    JITTER,
-    ResponseSurface,
-    _hyper_names,
-    _Points,
-    _prior,
+from causalmix_pipeline.adapters.gp_covariance import JITTER, Points
+from causalmix_pipeline.adapters.gp_hyper_parameters import (
+    hyper_names,
     negative_log_posterior,
+    prior_of,
 )
+from causalmix_pipeline.adapters.gp_surface import ResponseSurface
 from causalmix_pipeline.adapters.synthetic import SyntheticPool
 from causalmix_pipeline.core.effects import Z90, EffectEstimator, StateScaler, check_runs
 from causalmix_pipeline.core.errors import EstimationError
@@ -47,11 +46,11 @@ def test_it_is_an_effect_estimator(surface):
 
 @pytest.mark.parametrize("sees_state", [True, False])
 def test_the_gradient_is_that_of_finite_differences(runs, sees_state):
-    names = _hyper_names(runs, sees_state)
+    names = hyper_names(runs, sees_state)
     scaled_NDP = StateScaler.fit(runs.distinct_states()[1]).transform(runs.state_NDP)
-    points = _Points(np.sqrt(runs.mixture_ND), scaled_NDP, runs.state_ids)
+    points = Points(np.sqrt(runs.mixture_ND), scaled_NDP, runs.state_ids)
     outcome_N = runs.outcome_NT[:, 0] - runs.outcome_NT[:, 0].mean()
-    log_hyper_H = _prior(names)[0] + np.random.default_rng(0).normal(0, 0.4, len(names))
+    log_hyper_H = prior_of(names)[0] + np.random.default_rng(0).normal(0, 0.4, len(names))
 
     def value(step_H: np.ndarray) -> float:
         return negative_log_posterior(log_hyper_H + step_H, names, points, outcome_N)[0]
@@ -184,7 +183,7 @@ def test_a_refit_with_its_own_parameters_is_the_same_without_a_search(surface, r
     def no_search(*_):
         raise AssertionError("searched")
 
-    monkeypatch.setattr("causalmix_pipeline.adapters.gp_surface._search", no_search)
+    monkeypatch.setattr("causalmix_pipeline.adapters.gp_hyper_parameters._search", no_search)
 
     again = ResponseSurface().fit(runs, surface.parameters())
 
