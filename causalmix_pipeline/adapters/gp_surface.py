@@ -12,6 +12,7 @@ Source: C. E. Rasmussen and C. K. I. Williams, Gaussian Processes for Machine Le
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,7 +38,7 @@ from causalmix_pipeline.core.effects import (
 from causalmix_pipeline.core.runs import RunTable
 
 #: Covariances computed at a time, so that a part (1 MB) stays in the processor's cache.
-CHUNK_VALUES = 131_072
+CHUNK_VALUES = 32_768
 
 #: Observations that the prior guess 1 of a task's scale counts for.
 SCALE_PRIOR_RUNS = 10.0
@@ -156,6 +157,21 @@ def _to_outcome(latent: np.ndarray, is_loss_T: np.ndarray) -> np.ndarray:
     return np.where(is_loss_T, -np.exp(-np.where(is_loss_T, latent, 0.0)), latent)
 
 
+@dataclass(frozen=True, eq=False)
+class _Met:
+    """A new state against those of the runs.
+
+    Attributes:
+        meeting_ND: what a root of a share counts for in `share_state`; None without states.
+        domain_ND: nearness of each domain's state.
+        all_N: nearness of the whole state.
+    """
+
+    meeting_ND: np.ndarray | None
+    domain_ND: np.ndarray
+    all_N: np.ndarray
+
+
 class _Posterior:
     """The process of one task for one setting of the hyper-parameters, conditioned on the runs."""
 
@@ -179,7 +195,8 @@ class _Posterior:
     def predict(self, state_DP: np.ndarray, root_MD: np.ndarray) -> np.ndarray:
         """Posterior mean of the outcome; shape (M,)."""
         own = float(np.sum(self._state_row(state_DP) * self.alpha_N))
-        parts = [self._cross(state_DP, part) @ self.alpha_N for part in self._chunks(root_MD)]
+        met = self._met(state_DP)
+        parts = [self._cross(met, part) @ self.alpha_N for part in self._chunks(root_MD)]
         return np.concatenate(parts) + own
 
     def gain(
@@ -188,10 +205,11 @@ class _Posterior:
         """Mean and standard error of the gain over the mixture of `root_D`; shapes (M,)."""
         from scipy.linalg import solve_triangular
 
-        reference_1N = self._cross(state_DP, root_D[None])
+        met = self._met(state_DP)
+        reference_1N = self._cross(met, root_D[None])
         means, explained = [], []
         for part in self._chunks(root_MD):
-            difference_MN = self._cross(state_DP, part) - reference_1N
+            difference_MN = self._cross(met, part) - reference_1N
             solved_NM = solve_triangular(
                 self.cholesky_NN, difference_MN.T, lower=True, check_finite=False
             )
@@ -206,37 +224,48 @@ class _Posterior:
         rows = max(CHUNK_VALUES // len(self.alpha_N), 1)
         return [root_MD[i : i + rows] for i in range(0, max(len(root_MD), 1), rows)]
 
-    def _cross(self, state_DP: np.ndarray, root_MD: np.ndarray) -> np.ndarray:
+    def _met(self, state_DP: np.ndarray) -> _Met:
+        """What of the kernel the state alone decides."""
+        h, root_ND = self.hyper, self.points.root_ND
+        if not self.sees_state:
+            return _Met(None, np.ones(root_ND.shape), np.ones(len(root_ND)))
+        met_DP = state_DP * self.weight_DP * (h["share_state"] * self.importance_D[:, None])
+        meeting_ND = root_ND * np.einsum("ndp,dp->nd", self.points.state_NDP, met_DP)
+        distance_ND = self._distances(state_DP)
+        distance_N = (distance_ND * self.importance_D).mean(axis=1)
+        return _Met(
+            meeting_ND,
+            np.exp(-0.5 * distance_ND / h["domain_state_length"] ** 2),
+            np.exp(-0.5 * distance_N / h["all_state_length"] ** 2),
+        )
+
+    def _cross(self, met: _Met, root_MD: np.ndarray) -> np.ndarray:
         """Covariance of new mixtures at one state with the runs, but for the state's main effect.
 
         That the state is constant leaves one exponential per pair and domain: 20,000 candidates
         are scored in a fraction of a second.
         """
-        h, points = self.hyper, self.points
-        root_ND, n_domains = points.root_ND, points.root_ND.shape[1]
-        step_MD = (root_MD - self.center_D) * self.importance_D
-        linear_MN = h["share"] * step_MD @ (root_ND - self.center_D).T
-        domain_ND, all_N = np.ones(root_ND.shape), np.ones(len(root_ND))
-        if self.sees_state:
-            met_DP = state_DP * self.weight_DP * self.importance_D[:, None]
-            meets_ND = np.einsum("ndp,dp->nd", points.state_NDP, met_DP)
-            linear_MN += h["share_state"] * root_MD @ (root_ND * meets_ND).T
-            distance_ND = self._distances(state_DP)
-            domain_ND = np.exp(-0.5 * distance_ND / h["domain_state_length"] ** 2)
-            distance_N = (distance_ND * self.importance_D).mean(axis=1)
-            all_N = np.exp(-0.5 * distance_N / h["all_state_length"] ** 2)
-        apart_MN, kernel_MN = np.zeros_like(linear_MN), np.zeros_like(linear_MN)
-        for d, importance in enumerate(self.importance_D):
-            step_MN = np.abs(np.subtract.outer(root_MD[:, d], root_ND[:, d]))
-            apart_MN += importance * step_MN**2
-            part_MN = bent(step_MN, h["domain_share_length"])
-            part_MN *= domain_ND[:, d] * (h["domain"] * importance / n_domains)
-            kernel_MN += part_MN
-        kernel_MN += linear_MN * np.exp(apart_MN * (-0.5 / h["near_length"] ** 2))
+        h, root_ND, importance_D = self.hyper, self.points.root_ND, self.importance_D
+        step_MD = (root_MD - self.center_D) * (h["share"] * importance_D)
+        linear_MN = step_MD @ (root_ND - self.center_D).T
+        if met.meeting_ND is not None:
+            linear_MN += root_MD @ met.meeting_ND.T
+        apart_MN = (root_MD * (-2 * importance_D)) @ root_ND.T
+        apart_MN += (root_MD**2 @ importance_D)[:, None]
+        apart_MN += root_ND**2 @ importance_D
+        kernel_MN = apart_MN * (-0.5 / h["near_length"] ** 2)
+        np.exp(kernel_MN, out=kernel_MN)
+        kernel_MN *= linear_MN
         apart_MN *= -0.5 / h["all_share_length"] ** 2
         np.exp(apart_MN, out=apart_MN)
-        apart_MN *= all_N * h["all"]
+        apart_MN *= met.all_N * h["all"]
         kernel_MN += apart_MN
+        size_ND = met.domain_ND * (h["domain"] / len(importance_D) * importance_D)
+        for d in range(len(importance_D)):
+            part_MN = np.subtract.outer(root_MD[:, d], root_ND[:, d])
+            part_MN = bent(np.abs(part_MN, out=part_MN), h["domain_share_length"])
+            part_MN *= size_ND[:, d]
+            kernel_MN += part_MN
         return kernel_MN
 
     def _state_row(self, state_DP: np.ndarray) -> np.ndarray | float:
