@@ -205,19 +205,19 @@ class _Posterior:
         """Mean and standard error of the gain over the mixture of `root_D`; shapes (M,)."""
         from scipy.linalg import solve_triangular
 
-        met = self._met(state_DP)
-        reference_1N = self._cross(met, root_D[None])
-        means, explained = [], []
-        for part in self._chunks(root_MD):
-            difference_MN = self._cross(met, part) - reference_1N
+        met, reference_1N, means, explained = self._met(state_DP), None, [], []
+        for part in self._chunks(np.vstack([root_D, root_MD])):
+            cross_MN = self._cross(met, part)
+            reference_1N = cross_MN[:1].copy() if reference_1N is None else reference_1N
+            cross_MN -= reference_1N
+            means.append(cross_MN @ self.alpha_N)
             solved_NM = solve_triangular(
-                self.cholesky_NN, difference_MN.T, lower=True, check_finite=False
+                self.cholesky_NN, cross_MN.T, lower=True, overwrite_b=True, check_finite=False
             )
-            means.append(difference_MN @ self.alpha_N)
             explained.append(np.einsum("nm,nm->m", solved_NM, solved_NM))
         prior_M = self._prior_variance_of_difference(state_DP, root_MD, root_D)
-        variance_M = np.clip(prior_M - np.concatenate(explained), 0, None) * self.variance_scale
-        return np.concatenate(means), np.sqrt(variance_M)
+        variance_M = np.clip(prior_M - np.concatenate(explained)[1:], 0, None)
+        return np.concatenate(means)[1:], np.sqrt(variance_M * self.variance_scale)
 
     def _chunks(self, root_MD: np.ndarray) -> list[np.ndarray]:
         """Mixtures in parts whose covariances fit the processor's cache."""
